@@ -1,0 +1,976 @@
+"""Posed views: where a pixel is in the room, which patches of two views show the same place, and
+which camera moves lead from one view to the next. numpy and Pillow only.
+
+    Eq. 1  patch-level spatial overlap S                  directional_overlap, correspondence
+    Eq. 9  translation and rotation error of a pose       pose_error
+    B.3    relative pose <-> atomic actions               actions_from_pose, pose_from_actions
+           SPAR-7M-RGBD on disk, read lazily              load_samples, Sample, View
+           the same layout, rendered from nothing         render_rooms
+
+Conventions, everywhere in this project
+    camera      OpenCV: x right, y down, z forward. `cam2world` (4, 4) maps camera points to world
+                points, so its last column is where the camera stands and its third where it looks.
+    units       metres, and degrees at the boundary to text; radians inside.
+    depth       z-depth (distance along the optical axis, not along the ray); 0, NaN, inf: no value.
+    pixels      integer coordinates are pixel centres: a W pixel wide image spans -0.5 .. W - 0.5, and
+                resizing it by s maps cx to (cx + 0.5) s - 0.5, for x and y separately.
+    pose        relative_pose(i, j) is camera j in camera i's frame: it maps points of j to points of i.
+    cells       patch k of n along an axis covers the fraction [k / n, (k + 1) / n) of it, so image,
+                depth and feature map of one view agree although their resolutions differ.
+    frames      stand in the names: points_world, cam2world_i.
+
+Axes: V views, H W pixels, n grid side, P = n * n patches in raster order.
+
+Beyond the paper: the choices tagged "not in the paper" on their lines.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+
+class DataError(ValueError):
+    """Input that cannot be used. The message is one line: which file, what is wrong, what to do."""
+
+
+# ---------------------------------------------------------------------------------- views, Eq. 1
+
+
+@dataclass
+class View:
+    """One posed RGB-D view.
+
+    image      (H', W', 3) uint8, the depth's field of view at any resolution
+    depth      (H, W) float32 z-depth in metres, 0 = none
+    K          (3, 3) intrinsics for the depth's pixels
+    cam2world  (4, 4)
+    Raises ValueError when a shape is wrong or the pose is not finite.
+    """
+
+    image: np.ndarray
+    depth: np.ndarray
+    K: np.ndarray
+    cam2world: np.ndarray
+
+    def __post_init__(self):
+        for name, shape in (("K", (3, 3)), ("cam2world", (4, 4))):
+            value = np.asarray(getattr(self, name), dtype=np.float64)
+            if value.shape != shape or not np.isfinite(value).all():
+                raise ValueError(f"{name} must be {shape} and finite, got shape {value.shape}: "
+                                 f"{np.array2string(value.ravel()[:4], precision=3)}...")
+            setattr(self, name, value)
+        if self.depth.ndim != 2 or self.image.ndim != 3 or self.image.shape[2] != 3:
+            raise ValueError("a view needs image (H, W, 3) and depth (H, W), "
+                             f"got {self.image.shape} and {self.depth.shape}")
+
+
+def unproject(depth, K, cam2world):
+    """Pixels to points: depth (H, W) metres -> points_world (H, W, 3) metres, valid (H, W) bool.
+
+    X = (u - cx) d / fx, Y = (v - cy) d / fy, Z = d, then into the world. Points whose depth has no
+    value are the camera centre and not valid.
+    """
+    H, W = depth.shape
+    valid = np.isfinite(depth) & (depth > 0)
+    d = np.where(valid, depth, 0.0)
+    x = (np.arange(W) - K[0, 2]) / K[0, 0]  # (W,)
+    y = (np.arange(H) - K[1, 2]) / K[1, 1]  # (H,)
+    points = np.stack([x[None, :] * d, y[:, None] * d, d], axis=-1)  # camera frame (H, W, 3)
+    return points @ cam2world[:3, :3].T + cam2world[:3, 3], valid
+
+
+def project(points_world, K, cam2world):
+    """Points to pixels: points (..., 3) world metres -> uv (..., 2) pixels, z (...) metres.
+
+    Not clipped: a point behind the camera has z <= 0 and a uv that means nothing.
+    """
+    R, c = cam2world[:3, :3], cam2world[:3, 3]
+    points = (points_world - c) @ R  # R^T (p - c): camera frame
+    z = points[..., 2]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        uv = points[..., :2] / z[..., None] * (K[0, 0], K[1, 1]) + (K[0, 2], K[1, 2])
+    return uv, z
+
+
+def directional_overlap(x, y, n, t=0.05, t_rel=0.05, stride=4):
+    """How much of each patch of view x is seen by which patch of view y.
+
+    x, y: View. n: grid side, 1 or more. t: metres, t_rel: share of the depth; a point is consistent
+    when its depth in y differs from y's own depth map by less than max(t, t_rel z). stride: every
+    how many pixels of x are used (4 moves S by about 0.01; 1 uses all).
+    Returns M (P, P): M[i, j] = share of patch i's pixels *with valid depth* (appendix A) whose 3-D
+    point lands in patch j. A patch with depth on under a quarter of its pixels has an empty row.
+    Raises ValueError when a view is smaller than n pixels on a side.
+    """
+    for view in (x, y):
+        if n < 1 or min(view.depth.shape) < n:
+            raise ValueError(f"cannot cut a view of {view.depth.shape[1]}x{view.depth.shape[0]} pixels "
+                             f"into {n}x{n} cells: use a smaller --grid or larger images")
+    H, W = x.depth.shape
+    P = n * n
+    stride = max(1, min(stride, H // (2 * n), W // (2 * n)))  # two or more samples a cell and axis
+    first = stride // 2
+    K = x.K.copy()  # intrinsics of the image that keeps every stride-th pixel
+    K[:2, 2] -= first
+    K[:2] /= stride
+
+    cell_u = (2 * np.arange(first, W, stride) + 1) * n // (2 * W)  # floor((u + 1/2) / W * n)
+    cell_v = (2 * np.arange(first, H, stride) + 1) * n // (2 * H)
+    i = cell_v[:, None] * n + cell_u[None, :]  # patch of every sampled pixel
+
+    points_world, valid = unproject(x.depth[first::stride, first::stride], K, x.cam2world)
+    uv, z = project(points_world[valid], y.K, y.cam2world)
+    i_valid = i[valid]
+
+    H_y, W_y = y.depth.shape
+    with np.errstate(invalid="ignore"):
+        inside = (z > 0) & (uv > -0.5).all(-1) & (uv[:, 0] < W_y - 0.5) & (uv[:, 1] < H_y - 0.5)
+    uv, z, i_inside = uv[inside], z[inside], i_valid[inside]
+    u, v = np.rint(uv).astype(np.intp).T  # nearest pixel of y
+    u, v = u.clip(0, W_y - 1), v.clip(0, H_y - 1)
+    depth_y = y.depth[v, u]
+    seen = np.isfinite(depth_y) & (depth_y > 0)  # ... that has a value,
+    consistent = seen & (np.abs(z - depth_y) < np.maximum(t, t_rel * z))  # and the same surface
+    cell = ((uv + 0.5) * n / (W_y, H_y)).astype(np.intp).clip(0, n - 1)  # (points, 2)
+    j = cell[:, 1] * n + cell[:, 0]
+
+    M = np.bincount(i_inside[consistent] * P + j[consistent], minlength=P * P).reshape(P, P)
+    pixels, with_depth = np.bincount(i.ravel(), minlength=P), np.bincount(i_valid, minlength=P)
+    M = M / np.maximum(with_depth, 1)[:, None]
+    M[with_depth < 0.25 * pixels] = 0.0  # not in the paper: too little depth to trust
+    return M
+
+
+def correspondence(x, y, n, t=0.05, t_rel=0.05, stride=4):
+    """Symmetric patch correspondence S (P, P) in [0, 1]; arguments as in directional_overlap."""
+    M_xy = directional_overlap(x, y, n, t, t_rel, stride)
+    M_yx = directional_overlap(y, x, n, t, t_rel, stride)
+    return (M_xy + M_yx.T) / 2  # Eq. 1
+
+
+# ------------------------------------------------------------------- poses and actions, appendix B
+
+AIM_MIN = 0.05  # metres; a nearer target is not aimed at                       # not in the paper
+STEEP = math.radians(80)  # a target above or below this elevation is reached by move_up/down  # not in the paper
+
+
+def relative_pose(cam2world_i, cam2world_j):
+    """Camera j in camera i's frame, (4, 4): translation = where j stands, columns = j's axes."""
+    return np.linalg.inv(cam2world_i) @ cam2world_j
+
+
+def _turn(right=0.0, up=0.0):
+    """Rotation (3, 3), radians: right about the camera's y axis, then up about its new x axis."""
+    cr, sr, cu, su = math.cos(right), math.sin(right), math.cos(up), math.sin(up)
+    yaw = np.array([[cr, 0, sr], [0, 1, 0], [-sr, 0, cr]])
+    pitch = np.array([[1, 0, 0], [0, cu, -su], [0, su, cu]])
+    return yaw @ pitch
+
+
+def actions_from_pose(pose):
+    """The teacher's plan for a relative pose: aim at the target position, move there, turn to its gaze.
+
+    pose (4, 4): relative_pose(i, j). Returns one-key dicts, whole degrees and centimetres, zeros left
+    out, e.g. [{"turn_right_deg": 30}, {"move_forward_m": 1.4}]. Each turn is about the camera's own
+    axes as the actions before it left them. The gaze is planned from the *rounded* aim, so rounding
+    does not add up. Roll about the gaze has no action: see residual_roll. (B.3)
+    """
+    x, y, z = pose[:3, 3]
+    distance, level = math.hypot(x, y, z), math.hypot(x, z)
+    right = up = forward = rise = 0.0
+    if distance >= AIM_MIN:
+        steep = math.atan2(abs(y), level) > STEEP
+        if not steep or level >= AIM_MIN:
+            right = math.radians(round(math.degrees(math.atan2(x, z))))
+        if steep:
+            forward, rise = (level if level >= AIM_MIN else 0.0), -y
+        else:
+            up = math.radians(round(math.degrees(math.atan2(-y, level))))
+            forward = distance
+    gaze = _turn(right, up).T @ pose[:3, 2]  # in the frame that the aim left behind
+    gaze_right, gaze_up = math.atan2(gaze[0], gaze[2]), math.atan2(-gaze[1], math.hypot(gaze[0], gaze[2]))
+
+    plan = []
+    for kind, value in (("turn_right", right), ("turn_up", up), ("move_forward", forward),
+                        ("move_up", rise), ("turn_right", gaze_right), ("turn_up", gaze_up)):
+        turn = kind.startswith("turn")
+        value = round(math.degrees(value)) if turn else round(float(value), 2)
+        if value < 0:
+            kind = {"turn_right": "turn_left", "turn_up": "turn_down", "move_up": "move_down"}[kind]
+        if value:
+            plan.append({f"{kind}_{'deg' if turn else 'm'}": abs(value)})
+    return plan
+
+
+def pose_from_actions(actions):
+    """The relative pose (4, 4) that a plan leads to; inverse of actions_from_pose up to rounding and roll.
+
+    actions: one-key dicts of the eight atomic actions of B.3 and move_backward_m, finite numbers.
+    Raises ValueError on anything else, naming it.
+    """
+    pose = np.eye(4)
+    for action in actions:
+        if not isinstance(action, dict) or len(action) != 1:
+            raise ValueError(f"an action is a dict with one key, got {action!r}")
+        ((name, value),) = action.items()
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        try:
+            value = float(value) if number else math.nan
+        except OverflowError:  # an integer of hundreds of digits
+            value = math.inf
+        if not math.isfinite(value):
+            raise ValueError(f"{name} needs a finite number")
+        step = np.eye(4)
+        if name in ("turn_right_deg", "turn_left_deg"):
+            step[:3, :3] = _turn(right=math.radians(value if name == "turn_right_deg" else -value))
+        elif name in ("turn_up_deg", "turn_down_deg"):
+            step[:3, :3] = _turn(up=math.radians(value if name == "turn_up_deg" else -value))
+        elif name in ("move_forward_m", "move_backward_m"):
+            step[2, 3] = value if name == "move_forward_m" else -value
+        elif name in ("move_up_m", "move_down_m"):
+            step[1, 3] = -value if name == "move_up_m" else value  # y points down
+        else:
+            raise ValueError(f"unknown action {name!r}")
+        pose = pose @ step
+    return pose
+
+
+def pose_error(pose_a, pose_b):
+    """Translation error in metres and rotation error in degrees between two poses (4, 4)."""
+    d_t = float(np.linalg.norm(pose_a[:3, 3] - pose_b[:3, 3]))
+    chord = float(np.linalg.norm(pose_a[:3, :3] - pose_b[:3, :3]))  # = 2 sqrt(2) sin(angle / 2),
+    # which keeps its precision at small angles, where the arc cosine of the trace loses half of it
+    d_r = math.degrees(2 * math.asin(min(chord / math.sqrt(8), 1.0)))
+    return d_t, d_r  # Eq. 9
+
+
+def residual_roll(pose):
+    """Signed roll in degrees about the gaze that the plan of actions_from_pose(pose) leaves out."""
+    rest = pose_from_actions(actions_from_pose(pose))[:3, :3].T @ pose[:3, :3]
+    return math.degrees(math.atan2(rest[1, 0] - rest[0, 1], rest[0, 0] + rest[1, 1]))
+
+
+# ------------------------------------------------------------------------- SPAR-7M-RGBD on disk
+
+MULTI_VIEW_TASKS = (  # two or three still images of one scene: what HATCH trains on
+    "camera_motion_infer", "depth_prediction_oc_mv", "depth_prediction_oo_mv",
+    "distance_infer_center_oc_mv", "distance_infer_center_oo_mv", "distance_prediction_oc_mv",
+    "distance_prediction_oo_mv", "obj_spatial_relation_oc_mv", "obj_spatial_relation_oo_mv",
+    "position_matching", "spatial_imagination_map_mv", "spatial_imagination_oc_mv",
+    "spatial_imagination_oo_mv", "view_change_infer")
+
+MARKER_RGB = {"red": (255, 0, 0), "blue": (0, 0, 255), "green": (0, 255, 0), "yellow": (255, 255, 0)}
+MARKER_ORDER = {  # which colour each entry of point_img_idx / bbox_img_idx speaks of
+    "distance_infer_center_oo_mv": ("red", "green", "blue"),
+    "spatial_imagination_oc_mv": ("green", "blue", "red"),
+    "spatial_imagination_oo_mv": ("green", "blue", "red", "yellow")}
+UNMARKED = ("camera_motion_infer", "view_change_infer", "distance_infer_center_oc",
+            "distance_infer_center_oc_mv")
+
+
+@dataclass
+class Sample:
+    """One question of SPAR-7M about 1..N views of a scene. Reads pixels only when asked to.
+
+    task: e.g. "view_change_infer"; kind: "select", "fill", "sentence" or "judge", the folder's name;
+    question: without <image> tags; images, depths: paths; markers: the record's point and box fields.
+    """
+
+    id: str
+    source: str
+    task: str
+    kind: str
+    question: str
+    answer: str
+    images: list
+    depths: list
+    markers: dict = field(repr=False)
+
+    def views(self):
+        """All views, in the order of the question. Raises DataError for a frame that cannot be read."""
+        return [self.view(k) for k in range(len(self.images))]
+
+    def view(self, k):
+        """View k as it was taken, without markers. Raises DataError naming the file."""
+        image_path, depth_path = self.images[k], self.depths[k]
+        if not depth_path.exists():
+            raise DataError(f"{depth_path}: no such depth map (of {image_path.name})")
+        image = np.asarray(_read_image(image_path).convert("RGB"))
+        raw = np.asarray(_read_image(depth_path))
+        if raw.ndim != 2 or raw.dtype == np.uint8:
+            raise DataError(f"{depth_path}: a depth map is a 16-bit one-channel png in millimetres, "
+                            f"this one is {raw.dtype} {raw.shape}")
+        depth = raw.astype(np.float32) / 1000  # millimetres in every source
+        (H, W), (H_i, W_i) = depth.shape, image.shape[:2]
+        if abs(W / H * H_i / W_i - 1) > 0.03:
+            raise DataError(f"{depth_path}: {W}x{H} pixels and the image's {W_i}x{H_i} differ in shape")
+        scene, folder = image_path.parent.parent, image_path.parent.name
+        pose_path = scene / folder.replace("image_color", "pose").replace("video_color", "video_pose")
+        cam2world = _read_matrix(pose_path / f"{image_path.stem}.txt", rows=(4,))
+        if self.source == "structured3d":
+            cam2world[:3, 3] /= 1000  # the one source whose poses are in millimetres
+        per_frame = scene / "intrinsic" / f"{image_path.stem}.txt"
+        K_path = per_frame if per_frame.exists() else scene / "intrinsic" / "intrinsic_depth.txt"
+        K = _fit_intrinsics(_read_matrix(K_path, rows=(3, 4))[:3, :3], (W, H), (W_i, H_i))
+        return View(image, depth, K, cam2world)
+
+    def pictures(self):
+        """The images as the question speaks of them: PIL, with the coloured points and boxes drawn.
+
+        Points are discs of radius 20 and boxes outlines 20 wide and 17.5 larger on each side, in
+        pixels of SPAR's originals (1280 wide and more); smaller images get proportionally smaller
+        marks. Tasks that keep their markers in lists (spatial_imagination_map_mv and videos, no
+        select or fill questions among the former) are shown as they are.
+        """
+        pictures = [_read_image(path).convert("RGB") for path in self.images]
+        if self.task in UNMARKED:
+            return pictures
+        for shape in ("bbox", "point"):
+            order = MARKER_ORDER.get(self.task, tuple(MARKER_RGB))
+            present = [colour for colour in order if self.markers.get(f"{colour}_{shape}")]
+            index = (self.markers.get(f"{shape}_img_idx") or [[0]])[0] or [0]
+            if self.task == "obj_spatial_relation_oc_mv":
+                index = index[:1]  # all of its boxes are on one image
+            for k, colour in enumerate(present):  # a short index: all the rest on its last image
+                which = index[min(k, len(index) - 1)]
+                if not 0 <= which < len(pictures):
+                    raise DataError(f"{self.id}: {colour} {shape} is on image {which} of {len(pictures)}")
+                for mark in self.markers[f"{colour}_{shape}"]:
+                    _draw_marker(pictures[which], mark, MARKER_RGB[colour])
+        return pictures
+
+
+class Samples(Sequence):
+    """A read-only list of Sample that holds a byte offset a line; a line is parsed when it is indexed.
+
+    files: (path, source, task, kind) of each jsonl file.
+    """
+
+    def __init__(self, root, files):
+        self.root, self.files = root, files
+        offsets = [_line_offsets(path) for path, *_ in files]
+        self.offset = np.concatenate([np.zeros(0, np.int64), *offsets])
+        self.ends = np.cumsum([len(o) for o in offsets])  # samples up to and with each file
+
+    def __len__(self):
+        return len(self.offset)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[k] for k in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        index %= len(self)
+        path, source, task, kind = self.files[int(np.searchsorted(self.ends, index, side="right"))]
+        with open(path, "rb") as file:
+            file.seek(self.offset[index])
+            line = file.readline()
+        where = f"{path}, byte {self.offset[index]}"
+        try:
+            record = json.loads(line)
+            question, answer = (turn["value"].strip() for turn in record["conversations"][:2])
+            images = record["image"]
+            images = [images] if isinstance(images, str) else list(images)
+            depths = record.get("depth") or [_depth_name(name) for name in images]
+            depths = [depths] if isinstance(depths, str) else list(depths)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{where}: not a SPAR record ({type(error).__name__}: {error})") from None
+        if len(depths) != len(images) or not images:
+            raise DataError(f"{where}: {len(images)} images and {len(depths)} depth maps")
+        base = self.root / source / "images"
+        return Sample(
+            id=str(record.get("id", index)), source=source, task=task, kind=kind,
+            question=re.sub(r"(Frame-\d+: )?<image>\n?", "", question).strip(), answer=answer,
+            images=[base / name for name in images], depths=[base / name for name in depths],
+            markers={k: v for k, v in record.items() if k.endswith(("_point", "_bbox", "_img_idx"))})
+
+
+def load_samples(root, split="train", tasks=None, kinds=("select", "fill")):
+    """Index a SPAR-7M-RGBD tree: root/<source>/qa_jsonl/<split>/<task>/<kind>/*.jsonl. Reads no pixel.
+
+    tasks: names, None for all; kinds: of select, fill, sentence, judge. Returns a list-like Samples,
+    in the order of the sorted file names. Raises DataError when nothing is found, saying where it
+    looked. A source that is none of SPAR's is read like ScanNet (metres, intrinsics per scene).
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such directory; --data takes the folder that holds scannet/, ...")
+    found = sorted(path for path in root.glob(f"*/qa_jsonl/{split}/*/*/*.jsonl"))
+    files = [(path, path.parts[-6], path.parts[-3], path.parts[-2]) for path in found
+             if path.parts[-2] in kinds and (tasks is None or path.parts[-3] in tasks)]
+    samples = Samples(root, files)
+    if not len(samples):
+        there = ", ".join(sorted({"/".join(path.parts[-3:-1]) for path in found})) or "nothing"
+        raise DataError(f"{root}: no sample in */qa_jsonl/{split}/<task>/<kind>/*.jsonl with kind in "
+                        f"{list(kinds)} and task in {'any' if tasks is None else list(tasks)}; "
+                        f"found there: {there}")
+    return samples
+
+
+def _line_offsets(path, block=1 << 24):
+    """Byte offset of each line of a file that is not blank, (lines,) int64; streams the file."""
+    starts, position = [np.zeros(1, np.int64)], 0
+    with open(path, "rb") as file:
+        while chunk := file.read(block):
+            starts.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + position + 1)
+            position += len(chunk)
+    starts = np.concatenate(starts)
+    lengths = np.diff(starts, append=position)
+    return starts[lengths > 2]  # "{}" and a line end is the shortest record; the rest is blank
+
+
+def _depth_name(image_name):
+    folder = str(image_name).replace("image_color", "image_depth").replace("video_color", "video_depth")
+    return str(Path(folder).with_suffix(".png"))
+
+
+def _read_image(path):
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: cannot be read as an image ({error})") from None
+
+
+def _read_matrix(path, rows):
+    """A square text matrix with as many rows as one of `rows`; finite, or DataError."""
+    try:
+        numbers = np.array(path.read_text().split(), dtype=np.float64)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as a matrix of numbers ({error})") from None
+    if len(numbers) not in [r * r for r in rows]:
+        wanted = " or ".join(f"{r}x{r}" for r in rows)
+        raise DataError(f"{path}: holds {len(numbers)} numbers, expected {wanted}")
+    if not np.isfinite(numbers).all():
+        raise DataError(f"{path}: holds inf or NaN (ScanNet marks lost tracking so)")
+    return numbers.reshape(math.isqrt(len(numbers)), -1)
+
+
+def _fit_intrinsics(K, size, image_size):
+    """Intrinsics for a depth map of `size` (W, H), wherever they came from.
+
+    ScanNet++ states the colour camera's intrinsics for its small depth maps. So the grid that K
+    belongs to is the one whose centre is near its principal point: the depth map's, the image's, or
+    else the one that K itself speaks of, 2 c + 1.
+    """
+    centre = 2 * K[:2, 2] + 1
+    own = next((s for s in (size, image_size) if np.all(np.abs(centre / s - 1) < 0.2)), centre)
+    scale = np.asarray(size) / own
+    K = K.copy()
+    K[:2, 2] = (K[:2, 2] + 0.5) * scale - 0.5
+    K[[0, 1], [0, 1]] *= scale
+    return K
+
+
+def _draw_marker(picture, mark, rgb):
+    """Draw a point [x, y] or a box [x1, y1, x2, y2], 0..1000 of the picture's width and height."""
+    W, H = picture.size
+    unit = 20 * min(1.0, max(W, H) / 1280)
+    xy = [int(c / 1000 * s) for c, s in zip(mark, (W, H, W, H))]
+    draw = ImageDraw.Draw(picture)
+    if len(mark) == 2:
+        draw.ellipse([xy[0] - unit, xy[1] - unit, xy[0] + unit, xy[1] + unit], fill=rgb)
+    else:
+        grow = unit * 7 / 8
+        draw.rectangle([xy[0] - grow, xy[1] - grow, xy[2] + grow, xy[3] + grow],
+                       outline=rgb, width=max(1, round(unit)))
+
+
+# ------------------------------------------------------- rendered rooms: the inverse of unproject
+
+SOLID_RGB = {"red": (200, 35, 35), "green": (40, 150, 55), "blue": (40, 70, 200), "yellow": (235, 205, 40),
+             "orange": (240, 130, 25), "purple": (125, 50, 160), "pink": (245, 150, 190),
+             "cyan": (50, 200, 210), "brown": (115, 70, 35), "black": (30, 30, 35)}
+ROOM_VERSION = 1  # of what render_rooms writes; raise it when that changes, so that old rooms are redone
+
+
+@dataclass
+class Solid:
+    """A coloured solid on the floor: "box", "ball" or "pillar"; centre and half extents in metres."""
+
+    shape: str
+    colour: str
+    centre: np.ndarray  # (3,)
+    half: np.ndarray  # (3,); a ball's are its radius, a pillar's first two are
+    angle: float  # about the vertical, radians
+
+    @property
+    def name(self):
+        return f"{self.colour} {self.shape}"
+
+
+@dataclass
+class Room:
+    """A box-shaped room (world z up, one corner at the origin) with papered walls and solids in it."""
+
+    size: np.ndarray  # (3,) metres
+    paper: list  # of 6 dicts, a pattern a face: x=0, x=max, y=0, y=max, floor, ceiling
+    solids: list
+
+
+def make_room(rng):
+    """A random room: 3.6-6.5 m a side, 4-8 solids of different colours that do not touch."""
+    size = np.array([rng.uniform(3.6, 6.5), rng.uniform(3.6, 6.5), rng.uniform(2.4, 3.0)])
+    hue = rng.uniform()
+    paper = []
+    for face in range(6):
+        tint = hue + face * 0.25 + rng.uniform(-0.08, 0.08)  # neighbouring walls differ in colour
+        light = (0.55, 0.9) if face < 4 else ((0.3, 0.6) if face == 4 else (0.85, 0.95))
+        colours = [_tint(tint + shift, rng.uniform(0.25, 0.75) if face < 5 else 0.08, rng.uniform(*light))
+                   for shift in (0.0, 0.1, 0.5)]
+        paper.append({"colours": np.array(colours), "pattern": int(rng.integers(4)),
+                      "angle": rng.uniform(0, np.pi), "period": rng.uniform(0.35, 0.9),
+                      "phase": rng.uniform(0, 2 * np.pi, 2), "picture": _make_picture(rng, size, face)})
+    solids, count = [], int(rng.integers(4, 9))
+    colours = list(rng.permutation(list(SOLID_RGB)))
+    for _ in range(200):
+        shape = str(rng.choice(["box", "ball", "pillar"]))
+        half = rng.uniform(0.15, 0.45, 3)
+        if shape != "box":
+            half[1] = half[0]
+            half[2] = half[0] if shape == "ball" else rng.uniform(0.3, 0.7)
+        reach = float(np.hypot(half[0], half[1])) if shape == "box" else half[0]
+        spot = rng.uniform(reach + 0.05, size[:2] - reach - 0.05)
+        if all(np.hypot(*(spot - s.centre[:2])) > reach + np.hypot(*s.half[:2]) + 0.1 for s in solids):
+            solids.append(Solid(shape, str(colours.pop()), np.array([*spot, half[2]]), half,
+                                rng.uniform(0, np.pi / 2)))
+        if len(solids) == count:
+            break
+    return Room(size, paper, solids)
+
+
+def _make_picture(rng, size, face):
+    """A framed picture on a wall: its centre, half size (metres along the wall and up), two colours."""
+    along = size[1] if face < 2 else size[0]
+    half = np.array([rng.uniform(0.25, 0.6), rng.uniform(0.2, 0.45)])
+    centre = np.array([rng.uniform(half[0] + 0.1, along - half[0] - 0.1), rng.uniform(1.1, 1.7)])
+    return {"centre": centre, "half": half if face < 4 else np.zeros(2),
+            "colours": np.array([_tint(rng.uniform(), 0.8, 0.85), _tint(rng.uniform(), 0.7, 0.5)])}
+
+
+def _tint(hue, saturation, value):
+    """HSV, each 0..1 (hue cyclic), to RGB 0..255."""
+    k = (np.array([5.0, 3.0, 1.0]) + hue % 1.0 * 6) % 6
+    return 255 * value * (1 - saturation * np.clip(np.minimum(k, 4 - k), 0, 1))
+
+
+def look(position, heading, elevation):
+    """cam2world (4, 4) of a camera without roll in a z-up world; heading from x to y, radians."""
+    ch, sh, ce, se = math.cos(heading), math.sin(heading), math.cos(elevation), math.sin(elevation)
+    forward, right = np.array([ch * ce, sh * ce, se]), np.array([sh, -ch, 0.0])
+    pose = np.eye(4)
+    pose[:3, :3] = np.stack([right, np.cross(forward, right), forward], axis=1)
+    pose[:3, 3] = position
+    return pose
+
+
+def cast(room, K, cam2world, width, height):
+    """Ray casting. Returns depth (H, W) metres, surface (H, W) (0..5 the faces, 6.. the solids) and
+    points_world (H, W, 3).
+
+    Rays have length 1 along the optical axis, so the ray parameter of a hit is its z-depth, and
+    origin + depth * ray is what unproject(depth) gives back.
+    """
+    u, v = np.arange(width), np.arange(height)
+    rays = np.stack(np.broadcast_arrays((u[None, :] - K[0, 2]) / K[0, 0],
+                                        (v[:, None] - K[1, 2]) / K[1, 1], 1.0), axis=-1)
+    rays = (rays @ cam2world[:3, :3].T).astype(np.float32)
+    origin = cam2world[:3, 3].astype(np.float32)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        reach = (np.where(rays > 0, room.size.astype(np.float32), 0) - origin) / rays
+        axis = reach.argmin(-1)
+        depth = reach.min(-1)
+        surface = 2 * axis + (np.take_along_axis(rays, axis[..., None], -1)[..., 0] > 0)
+        for number, solid in enumerate(room.solids):
+            hit = _HIT[solid.shape](solid, origin, rays)
+            closer = hit < depth
+            depth, surface = np.where(closer, hit, depth), np.where(closer, 6 + number, surface)
+    return depth, surface, origin + depth[..., None] * rays
+
+
+def _hit_box(solid, origin, rays):
+    """Depth (H, W) at which rays (H, W, 3) enter an upright box, inf for a miss."""
+    c, s = np.float32(math.cos(solid.angle)), np.float32(math.sin(solid.angle))
+    turn = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]], np.float32)  # box axes as columns
+    half, local = solid.half.astype(np.float32), (origin - solid.centre.astype(np.float32)) @ turn
+    rays = rays @ turn
+    a, b = (-half - local) / rays, (half - local) / rays
+    enter, leave = np.minimum(a, b).max(-1), np.maximum(a, b).min(-1)
+    return np.where((enter < leave) & (enter > 0), enter, np.inf)
+
+
+def _hit_ball(solid, origin, rays):
+    away = origin - solid.centre.astype(np.float32)
+    return _first_root((rays * rays).sum(-1), rays @ away, away @ away - solid.half[0] ** 2)
+
+
+def _hit_pillar(solid, origin, rays):
+    away, r = (origin - solid.centre.astype(np.float32)), solid.half[0]
+    flat = rays[..., :2]
+    side = _first_root((flat * flat).sum(-1), flat @ away[:2], away[:2] @ away[:2] - r**2)
+    side = np.where(np.abs(away[2] + side * rays[..., 2]) <= solid.half[2], side, np.inf)
+    top = (solid.half[2] - away[2]) / rays[..., 2]
+    on_top = (top > 0) & (((away[:2] + top[..., None] * flat) ** 2).sum(-1) <= r**2)
+    return np.minimum(side, np.where(on_top, top, np.inf))
+
+
+def _first_root(a, b, c):
+    """Smaller root of a t^2 + 2 b t + c = 0 where it is positive, else inf."""
+    square = b * b - a * c
+    t = (-b - np.sqrt(np.maximum(square, 0))) / a
+    return np.where((square > 0) & (t > 0), t, np.inf)
+
+
+_HIT = {"box": _hit_box, "ball": _hit_ball, "pillar": _hit_pillar}
+
+
+def paint(room, surface, points_world, rng):
+    """Colours (H, W, 3) uint8 of the surfaces that cast found: paper, paint, a lamp, sensor noise."""
+    rgb = np.empty(points_world.shape, np.float32)
+    for number in np.unique(surface):
+        here = surface == number
+        p = points_world[here]  # (pixels, 3)
+        if number < 6:
+            rgb[here] = _paper(room.paper[number], p[:, [k for k in range(3) if k != number // 2]])
+        else:
+            solid = room.solids[number - 6]
+            light = 0.8 + 0.25 * (_normals(solid, p) @ (0.5, 0.3, 0.8))
+            band = 0.12 * np.tanh(3 * np.sin(14 * p[:, 2]))
+            rgb[here] = np.array(SOLID_RGB[solid.colour]) * (light + band)[:, None]
+    lamp = np.array([room.size[0] / 2, room.size[1] / 2, room.size[2]])
+    fall = ((points_world - lamp) ** 2).sum(-1)
+    rgb *= (0.55 + 0.6 / (1 + 0.15 * fall))[..., None]
+    rgb += rng.normal(0, 2.0, rgb.shape)
+    return np.clip(np.rint(rgb), 0, 255).astype(np.uint8)
+
+
+def _normals(solid, points_world):
+    """Outward unit normals (pixels, 3) at points on a solid."""
+    c, s = math.cos(solid.angle), math.sin(solid.angle)
+    axes = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) if solid.shape == "box" else np.eye(3)
+    out = (points_world - solid.centre) @ axes / solid.half
+    if solid.shape == "box":
+        out = np.sign(out) * (np.abs(out) == np.abs(out).max(-1, keepdims=True))
+    elif solid.shape == "pillar":
+        on_top = out[:, 2:] > 0.999
+        out = np.where(on_top, (0, 0, 1), out * (1, 1, 0))
+    return out @ axes.T
+
+
+def _paper(paper, st):
+    """Colour (pixels, 3) of a papered face at st (pixels, 2) metres along it and up."""
+    wave = 2 * np.pi / paper["period"]
+    c, s = math.cos(paper["angle"]), math.sin(paper["angle"])
+    a = wave * (st[:, 0] * c + st[:, 1] * s) + paper["phase"][0]
+    b = wave * (st[:, 1] * c - st[:, 0] * s) + paper["phase"][1]
+    value = (np.sin(a), np.sin(a) * np.sin(b), np.sin(a + 1.5 * np.sin(b)), np.sin(a) + np.sin(b) - 1)
+    mix = 0.5 + 0.5 * np.tanh(3 * value[paper["pattern"]])[:, None]  # soft edges: no aliasing
+    drift = 0.5 + 0.5 * np.sin(0.9 * st[:, :1] + paper["phase"][0])  # no two places quite alike
+    base, accent, far = paper["colours"]
+    colour = (1 - 0.45 * mix) * ((1 - drift) * base + drift * far) + 0.45 * mix * accent
+    picture = paper["picture"]
+    inner = np.abs(st - picture["centre"]) / np.maximum(picture["half"], 1e-6)  # 1 at its edge
+    framed = inner.max(-1) < 1
+    motif = np.where((inner**2).sum(-1)[:, None] < 0.4, picture["colours"][0], picture["colours"][1])
+    motif = np.where(inner.max(-1)[:, None] > 0.85, 40.0, motif)
+    return np.where(framed[:, None], motif, colour)
+
+
+def _pick_cameras(room, rng, size):
+    """K (3, 3) and three cam2world whose views share 20-80 % of each other's pixels, both ways."""
+    f = size / 2 / math.tan(math.radians(rng.uniform(62, 84)) / 2)
+    K = np.array([[f, 0, (size - 1) / 2 + rng.uniform(-4, 4)], [0, f, (size - 1) / 2 + rng.uniform(-4, 4)],
+                  [0, 0, 1]])
+    small = 32
+    K_small = K * [[small / size], [small / size], [1]]
+    for _ in range(100):
+        views, first = [], None
+        for _ in range(30):
+            position = np.array([*rng.uniform(0.4, room.size[:2] - 0.4), rng.uniform(1.2, 1.7)])
+            if any(np.hypot(*(position - s.centre)[:2]) < np.hypot(*s.half[:2]) + 0.3 for s in room.solids):
+                continue
+            towards = rng.uniform(0.3, 0.7, 2) * room.size[:2] - position[:2]
+            cam2world = look(position, math.atan2(towards[1], towards[0]) + rng.normal(0, 0.25),
+                             math.radians(rng.uniform(-22, 0)))
+            depth, _, _ = cast(room, K_small, cam2world, small, small)
+            view = View(np.zeros((1, 1, 3), np.uint8), depth, K_small, cam2world)
+            shares = [directional_overlap(a, b, 1, stride=1)[0, 0]
+                      for other in views for a, b in ((view, other), (other, view))]
+            if all(0.2 <= share <= 0.8 for share in shares):
+                views.append(view)
+            if len(views) == 3:
+                return K, [view.cam2world for view in views]
+    raise DataError("no three overlapping views found in a room")  # never seen in 10,000 rooms
+
+
+def render_rooms(root, rooms=300, seed=0, size=224, held_out=0.1):
+    """Write `rooms` rendered rooms as a SPAR-7M-RGBD tree, and a benchmark with SPAR-Bench's fields.
+
+        root/rooms/images/<room>/{image_color,image_depth,pose,intrinsic}/...     3 views a room
+        root/rooms/qa_jsonl/{train,val}/<task>/<kind>/<kind>_<N>.jsonl           the last 10 % are val
+        root/benchmark/rooms.jsonl, root/benchmark/images/                        val, markers drawn
+
+    Deterministic by seed. Rendered once: a finished tree with the same arguments is left alone, an
+    interrupted one is redone. Returns root.
+    """
+    root = Path(root)
+    stamp = {"rooms": rooms, "seed": seed, "size": size, "held_out": held_out, "version": ROOM_VERSION}
+    done = root / "rooms.json"
+    if done.exists() and json.loads(done.read_text()) == stamp:
+        return root
+    if root.exists() and not done.exists():
+        raise DataError(f"{root}: exists, and is not a tree of rendered rooms; remove it or name another folder")
+    partial = root.with_name(root.name + ".partial")
+    if partial.exists():
+        print(f"{partial}: an interrupted rendering, starting over")
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+
+    lines = {}  # (split, task, kind) -> records
+    first_val = rooms - round(rooms * held_out)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy and Pillow release the lock
+        jobs = pool.map(lambda number: _render_room(partial, number, seed, size), range(rooms))
+        for number, records in enumerate(_progress(jobs, rooms, "rendering rooms")):
+            for task, kind, record in records:
+                split = "train" if number < first_val else "val"
+                lines.setdefault((split, task, kind), []).append(json.dumps(record))
+    for (split, task, kind), records in lines.items():
+        folder = partial / "rooms" / "qa_jsonl" / split / task / kind
+        folder.mkdir(parents=True)
+        (folder / f"{kind}_{len(records)}.jsonl").write_text("\n".join(records) + "\n")
+    if first_val < rooms:
+        _write_benchmark(partial)
+    (partial / "rooms.json").write_text(json.dumps(stamp))
+    if root.exists():
+        shutil.rmtree(root)  # rooms of other arguments: their stamp was seen above
+    partial.rename(root)
+    return root
+
+
+def _render_room(root, number, seed, size):
+    """Render and write one room; return its questions as (task, kind, SPAR record)."""
+    rng = np.random.default_rng([seed, number])
+    while True:
+        room = make_room(rng)
+        K, poses = _pick_cameras(room, rng, size)
+        shots = [cast(room, K, pose, size, size) for pose in poses]
+        if all(_visible(shots[k][1], room) for k in range(3)):
+            break
+    name = f"room_{number:05d}"
+    scene = root / "rooms" / "images" / name
+    for folder in ("image_color", "image_depth", "pose", "intrinsic"):
+        (scene / folder).mkdir(parents=True)
+    K4 = np.eye(4)
+    K4[:3, :3] = K
+    for camera in ("color", "depth"):
+        np.savetxt(scene / "intrinsic" / f"intrinsic_{camera}.txt", K4, fmt="%.6f")
+    for k, (depth, surface, points_world) in enumerate(shots):
+        picture = paint(room, surface, points_world, rng)
+        Image.fromarray(picture).save(scene / "image_color" / f"{k}.jpg", quality=92)
+        Image.fromarray(np.rint(depth * 1000).astype(np.uint16)).save(
+            scene / "image_depth" / f"{k}.png", compress_level=1)
+        np.savetxt(scene / "pose" / f"{k}.txt", poses[k], fmt="%.8f")
+    return ask(name, room, K, poses, shots, rng)
+
+
+def _visible(surface, room, pixels=150):
+    """Numbers of the solids that show on at least `pixels` pixels and do not touch the border."""
+    border = np.concatenate([surface[0], surface[-1], surface[:, 0], surface[:, -1]])
+    counts = np.bincount(surface.ravel(), minlength=6 + len(room.solids))
+    return [k for k in range(len(room.solids)) if counts[6 + k] >= pixels and 6 + k not in border]
+
+
+def ask(name, room, K, poses, shots, rng):
+    """Questions about three views of a room, with exact answers, as (task, kind, SPAR record).
+
+    A question whose answer would be close to undecided is left out.
+    """
+    size = shots[0][0].shape[0]
+    seen = [_visible(surface, room) for _, surface, _ in shots]
+    records = []
+
+    def add(task, kind, views, question, answer, **markers):
+        image = [f"{name}/image_color/{k}.jpg" for k in views]
+        records.append((task, kind, {
+            "id": f"{name}_{len(records)}", "image": image, "depth": [_depth_name(p) for p in image],
+            "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
+            "type": task, **markers}))
+
+    def choose(task, views, question, right, wrong, **markers):
+        """A select question: four letters, or as many as there are options."""
+        options = [right, *wrong]
+        order = rng.permutation(len(options))
+        listed = " ".join(f"{'ABCD'[k]}. {options[o]}" for k, o in enumerate(order))
+        add(task, "select", views, f"{question} {listed}", "ABCD"[int(np.argmin(order))], **markers)
+
+    def point(k, solid):
+        """A pixel on a solid in view k: where it is (0..1000), its depth, its point."""
+        depth, surface, points_world = shots[k]
+        v, u = np.nonzero(surface == 6 + solid)
+        middle = np.argmin((u - u.mean()) ** 2 + (v - v.mean()) ** 2)
+        v, u = int(v[middle]), int(u[middle])
+        return [round((u + 0.5) / size * 1000), round((v + 0.5) / size * 1000)], depth[v, u], points_world[v, u]
+
+    def box(k, solid):
+        v, u = np.nonzero(shots[k][1] == 6 + solid)
+        return [round(c / size * 1000) for c in (u.min(), v.min(), u.max() + 1, v.max() + 1)]
+
+    def relation(p, q, axes):
+        """Where p is relative to q in OpenCV axes, in words; None when it is nearly level with it."""
+        difference = np.asarray(p) - q
+        if np.abs(difference[list(axes)]).min() < 0.15:
+            return None
+        words = (("left", "right"), ("above", "below"), ("closer", "farther"))
+        return ", ".join(words[axis][int(difference[axis] > 0)] for axis in axes)
+
+    def in_camera(k, p):
+        return (p - poses[k][:3, 3]) @ poses[k][:3, :3]
+
+    names = [solid.name for solid in room.solids]
+    a, b = rng.permutation(3)[:2]  # two views of the three, in either order
+    red, blue = int(rng.choice(seen[a])), int(rng.choice(seen[b]))
+    (red_uv, red_depth, red_point), (blue_uv, blue_depth, blue_point) = point(a, red), point(b, blue)
+    marks = {"red_point": [red_uv], "blue_point": [blue_uv], "point_img_idx": [[int(a), int(b)]]}
+    add("depth_prediction_oc_mv", "fill", (0, 1, 2),
+        f"The {names[red]} (red point, image {a + 1}) is {red_depth:.1f} meters deep in its image. How deep is "
+        f"the {names[blue]} (blue point, image {b + 1}) in its image, in meters? Give one number.",
+        f"{blue_depth:.1f}", **marks)
+    apart = float(np.linalg.norm(red_point - blue_point))
+    if red != blue:
+        add("distance_prediction_oo_mv", "fill", (0, 1, 2),
+            f"How far is the {names[red]} (red point, image {a + 1}) from the {names[blue]} (blue point, image "
+            f"{b + 1}), in meters? Give one number.", f"{apart:.1f}", **marks)
+
+    pair = (int(a), int(b))
+    pose = relative_pose(poses[a], poses[b])
+    x, y, z = pose[:3, 3]
+    right = round(math.degrees(math.atan2(pose[0, 2], pose[2, 2])))
+    up = round(math.degrees(math.asin(np.clip(-pose[1, 2], -1, 1))))
+    add("view_change_infer", "fill", pair,
+        "How did the camera get from the first image to the second? Answer in meters and degrees as "
+        "move_<right_or_left>:x,move_<down_or_up>:x,move_<forward_or_backward>:x,rotate_<down_or_up>:x,"
+        "rotate_<right_or_left>:x.",
+        f"move_{'right' if x >= 0 else 'left'}:{abs(x):.1f},move_{'down' if y >= 0 else 'up'}:{abs(y):.1f},"
+        f"move_{'forward' if z >= 0 else 'backward'}:{abs(z):.1f},rotate_{'up' if up >= 0 else 'down'}:{abs(up)},"
+        f"rotate_{'right' if right >= 0 else 'left'}:{abs(right)}")
+
+    both = [solid for solid in seen[a] if solid in seen[b]]
+    if both:
+        solid = int(rng.choice(both))
+        question = (f"The {names[solid]} is in the red box of the first image. What is its bounding box in the second "
+                    "image, as x1,y1,x2,y2 from 0 to 1000?")
+        gold, marks = box(b, solid), {"red_bbox": [box(a, solid)], "bbox_img_idx": [[0]]}
+        add("position_matching", "fill", pair, question, "({},{},{},{})".format(*gold), **marks)
+        wrong = []
+        for _ in range(3):  # the same size of box elsewhere
+            w, h = gold[2] - gold[0], gold[3] - gold[1]
+            x1, y1 = int(rng.integers(0, 1001 - w)), int(rng.integers(0, 1001 - h))
+            wrong.append([x1, y1, x1 + w, y1 + h])
+        if all(abs(w[0] - gold[0]) + abs(w[1] - gold[1]) > 100 for w in wrong):
+            choose("position_matching", pair, question, "({},{},{},{})".format(*gold),
+                   ["({},{},{},{})".format(*w) for w in wrong], **marks)
+
+    for a2, b2 in ((a, b), (b, a)):  # which of the two sees the other camera, if one does
+        uv, depth = project(poses[b2][:3, 3], K, poses[a2])
+        spot = [round((c + 0.5) / size * 1000) for c in uv] if depth > 0.3 else [-1, -1]
+        if all(0 <= c <= 1000 for c in spot):
+            question = ("Where in the first image is the camera of the second image? Answer with its position from 0 "
+                        "to 1000 and its depth in meters.")
+            add("camera_motion_infer", "fill", (int(a2), int(b2)), question + " Write (x,y),depth.",
+                f"({spot[0]},{spot[1]}),{depth:.1f}")
+            wrong = [(*rng.integers(0, 1001, 2), depth * rng.choice([0.5, 0.7, 1.4, 1.8])) for _ in range(3)]
+            write = "Image Coor:({}, {}), Depth:{:.1f} meters".format
+            choose("camera_motion_infer", (int(a2), int(b2)), question, write(*spot, depth),
+                   [write(*w) for w in wrong])
+            break
+
+    where = relation(in_camera(b, room.solids[red].centre), np.zeros(3), (0, 1))
+    here, there = (np.linalg.norm(room.solids[red].centre - poses[k][:3, 3]) for k in (a, b))
+    if where and abs(here - there) > 0.2:
+        right = f"{where}, {'closer' if there < here else 'farther'}"
+        choose("obj_spatial_relation_oc_mv", (0, 1, 2),
+               f"The {names[red]} is in the red box of image {a + 1}. Seen by the camera of image {b + 1}, on which side of "
+               f"its optical axis is it, and is it closer to it or farther than to the camera of image {a + 1}?",
+               right, _other_relations(right, rng), red_bbox=[box(a, red)], bbox_img_idx=[[int(a)]])
+
+    anywhere = sorted({solid for k in range(3) for solid in seen[k]})
+    if len(anywhere) >= 3:
+        trio = [int(k) for k in rng.permutation(anywhere)[:3]]  # red, green, blue: SPAR's order here
+        on = [next(int(k) for k in rng.permutation(3) if solid in seen[k]) for solid in trio]
+        far = [np.linalg.norm(room.solids[s].centre - room.solids[trio[0]].centre) for s in trio[1:]]
+        if abs(far[0] - far[1]) > 0.3:
+            near = int(far[1] < far[0])
+            options = [f"{names[s]} ({colour} point)" for s, colour in zip(trio[1:], ("green", "blue"))]
+            choose("distance_infer_center_oo_mv", (0, 1, 2),
+                   f"Whose center is nearer to the center of the {names[trio[0]]} (red point)?",
+                   options[near], [options[1 - near]], point_img_idx=[on],
+                   **{f"{colour}_point": [point(k, s)[0]] for colour, s, k in zip(("red", "green", "blue"), trio, on)})
+
+    single = int(a)
+    add("depth_prediction_oc", "fill", (single,),
+        f"How deep is the {names[red]} (red point) in the image, in meters? Give one number.",
+        f"{red_depth:.1f}", red_point=[red_uv])
+    others = [solid for solid in seen[a] if solid != red]
+    if others:
+        other = int(rng.choice(others))
+        right = relation(in_camera(a, room.solids[red].centre), in_camera(a, room.solids[other].centre), (0, 2))
+        if right:
+            choose("obj_spatial_relation_oo", (single,),
+                   f"Where is the {names[red]} (red box) relative to the {names[other]} (blue box), seen by the camera?",
+                   right, _other_relations(right, rng), red_bbox=[box(a, red)], blue_bbox=[box(a, other)],
+                   bbox_img_idx=[[0, 0]])
+    return records
+
+
+def _other_relations(right, rng):
+    """Three other combinations of the same kinds of words."""
+    pairs = [next(p for p in (("left", "right"), ("above", "below"), ("closer", "farther")) if word in p)
+             for word in right.split(", ")]
+    combinations = [[]]
+    for pair in pairs:
+        combinations = [[*c, word] for c in combinations for word in pair]
+    others = [", ".join(c) for c in combinations if ", ".join(c) != right]
+    return [others[k] for k in rng.permutation(len(others))[:3]]
+
+
+def _write_benchmark(root):
+    """SPAR-Bench's rows for the val rooms: its formats for each task, pictures with markers drawn."""
+    folder = root / "benchmark" / "images"
+    folder.mkdir(parents=True)
+    rows = []
+    for sample in load_samples(root, split="val"):
+        if sample.kind == "fill" and sample.task in ("position_matching", "camera_motion_infer"):
+            continue  # SPAR-Bench asks these two as select only
+        paths = [f"images/{len(rows)}_{k}.jpg" for k in range(len(sample.images))]
+        for path, picture in zip(paths, sample.pictures()):
+            picture.save(root / "benchmark" / path, quality=92)
+        rows.append({"id": len(rows), "img_type": "multi_view" if len(paths) > 1 else "single_view",
+                     "format_type": sample.kind, "task": sample.task, "source": sample.source,
+                     "image": paths, "question": sample.question, "answer": sample.answer})
+    text = "\n".join(json.dumps(row) for row in rows) + "\n"
+    (root / "benchmark" / "rooms.jsonl").write_text(text)
+
+
+def _progress(items, total, label):
+    """Yield items, showing a bar with the time left: in place on a terminal, else a line a quarter."""
+    start, shown, live = time.monotonic(), -1.0, sys.stdout.isatty()
+    for done, item in enumerate(items, 1):
+        yield item
+        share, now = done / total, time.monotonic() - start
+        if done == total or now - shown > 0.2 if live else 4 * done // total > 4 * (done - 1) // total:
+            shown = now
+            bar = "#" * round(24 * share)
+            print(f"{label} [{bar:24}] {done}/{total}  {now:.0f} s, {now / share - now:.0f} s left",
+                  end="\r" if live and done < total else "\n", flush=True)
