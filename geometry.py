@@ -12,9 +12,10 @@ Conventions, everywhere in this project
                 points, so its last column is where the camera stands and its third where it looks.
     units       metres, and degrees at the boundary to text; radians inside.
     depth       z-depth (distance along the optical axis, not along the ray); 0, NaN, inf: no value.
-    pixels      integer coordinates are pixel centres: a W pixel wide image spans -0.5 .. W - 0.5, and
-                resizing it by s maps cx to (cx + 0.5) s - 0.5, for x and y separately.
-    pose        relative_pose(i, j) is camera j in camera i's frame: it maps points of j to points of i.
+    pixels      integer coordinates are pixel centres: a W pixel wide image spans -0.5 .. W - 0.5,
+                and resizing it by s maps cx to (cx + 0.5) s - 0.5, for x and y separately.
+    pose        relative_pose(i, j) is camera j in camera i's frame: it maps points of j to
+                points of i.
     cells       patch k of n along an axis covers the fraction [k / n, (k + 1) / n) of it, so image,
                 depth and feature map of one view agree although their resolutions differ.
     frames      stand in the names: points_world, cam2world_i.
@@ -24,6 +25,7 @@ Axes: V views, H W pixels, n grid side, P = n * n patches in raster order.
 Beyond the paper: the choices tagged "not in the paper" on their lines.
 """
 
+import itertools
 import json
 import math
 import os
@@ -115,8 +117,8 @@ def directional_overlap(x, y, n, t=0.05, t_rel=0.05, stride=4):
     """
     for view in (x, y):
         if n < 1 or min(view.depth.shape) < n:
-            raise ValueError(f"cannot cut a view of {view.depth.shape[1]}x{view.depth.shape[0]} pixels "
-                             f"into {n}x{n} cells: use a smaller --grid or larger images")
+            raise ValueError(f"cannot cut a view of {view.depth.shape[1]}x{view.depth.shape[0]} "
+                             f"pixels into {n}x{n} cells: use a smaller --grid or larger images")
     H, W = x.depth.shape
     P = n * n
     stride = max(1, min(stride, H // (2 * n), W // (2 * n)))  # two or more samples a cell and axis
@@ -162,7 +164,7 @@ def correspondence(x, y, n, t=0.05, t_rel=0.05, stride=4):
 # ------------------------------------------------------------------- poses and actions, appendix B
 
 AIM_MIN = 0.05  # metres; a nearer target is not aimed at                       # not in the paper
-STEEP = math.radians(80)  # a target above or below this elevation is reached by move_up/down  # not in the paper
+STEEP = math.radians(80)  # a steeper target is reached by move_up/down         # not in the paper
 
 
 def relative_pose(cam2world_i, cam2world_j):
@@ -179,12 +181,12 @@ def _turn(right=0.0, up=0.0):
 
 
 def actions_from_pose(pose):
-    """The teacher's plan for a relative pose: aim at the target position, move there, turn to its gaze.
+    """The teacher's plan for a relative pose: aim at the target, move there, turn to its gaze.
 
-    pose (4, 4): relative_pose(i, j). Returns one-key dicts, whole degrees and centimetres, zeros left
-    out, e.g. [{"turn_right_deg": 30}, {"move_forward_m": 1.4}]. Each turn is about the camera's own
-    axes as the actions before it left them. The gaze is planned from the *rounded* aim, so rounding
-    does not add up. Roll about the gaze has no action: see residual_roll. (B.3)
+    pose (4, 4): relative_pose(i, j). Returns one-key dicts, whole degrees and centimetres, zeros
+    left out, e.g. [{"turn_right_deg": 30}, {"move_forward_m": 1.4}]. Each turn is about the
+    camera's own axes as the actions before it left them. The gaze is planned from the *rounded*
+    aim, so rounding does not add up. Roll about the gaze has no action: see residual_roll. (B.3)
     """
     x, y, z = pose[:3, 3]
     distance, level = math.hypot(x, y, z), math.hypot(x, z)
@@ -199,7 +201,8 @@ def actions_from_pose(pose):
             up = math.radians(round(math.degrees(math.atan2(-y, level))))
             forward = distance
     gaze = _turn(right, up).T @ pose[:3, 2]  # in the frame that the aim left behind
-    gaze_right, gaze_up = math.atan2(gaze[0], gaze[2]), math.atan2(-gaze[1], math.hypot(gaze[0], gaze[2]))
+    gaze_right = math.atan2(gaze[0], gaze[2])
+    gaze_up = math.atan2(-gaze[1], math.hypot(gaze[0], gaze[2]))
 
     plan = []
     for kind, value in (("turn_right", right), ("turn_up", up), ("move_forward", forward),
@@ -214,7 +217,7 @@ def actions_from_pose(pose):
 
 
 def pose_from_actions(actions):
-    """The relative pose (4, 4) that a plan leads to; inverse of actions_from_pose up to rounding and roll.
+    """The relative pose (4, 4) of a plan; inverse of actions_from_pose up to rounding and roll.
 
     actions: one-key dicts of the eight atomic actions of B.3 and move_backward_m, finite numbers.
     Raises ValueError on anything else, naming it.
@@ -270,7 +273,8 @@ MULTI_VIEW_TASKS = (  # two or three still images of one scene: what HATCH train
     "position_matching", "spatial_imagination_map_mv", "spatial_imagination_oc_mv",
     "spatial_imagination_oo_mv", "view_change_infer")
 
-MARKER_RGB = {"red": (255, 0, 0), "blue": (0, 0, 255), "green": (0, 255, 0), "yellow": (255, 255, 0)}
+MARKER_RGB = {"red": (255, 0, 0), "blue": (0, 0, 255), "green": (0, 255, 0),
+              "yellow": (255, 255, 0)}
 MARKER_ORDER = {  # which colour each entry of point_img_idx / bbox_img_idx speaks of
     "distance_infer_center_oo_mv": ("red", "green", "blue"),
     "spatial_imagination_oc_mv": ("green", "blue", "red"),
@@ -283,8 +287,9 @@ UNMARKED = ("camera_motion_infer", "view_change_infer", "distance_infer_center_o
 class Sample:
     """One question of SPAR-7M about 1..N views of a scene. Reads pixels only when asked to.
 
-    task: e.g. "view_change_infer"; kind: "select", "fill", "sentence" or "judge", the folder's name;
-    question: without <image> tags; images, depths: paths; markers: the record's point and box fields.
+    task: e.g. "view_change_infer"; kind: "select", "fill", "sentence" or "judge", the folder's
+    name; question: without <image> tags; images, depths: paths; markers: the record's point and
+    box fields.
     """
 
     id: str
@@ -298,7 +303,7 @@ class Sample:
     markers: dict = field(repr=False)
 
     def views(self):
-        """All views, in the order of the question. Raises DataError for a frame that cannot be read."""
+        """All views, in the question's order. Raises DataError for a frame that cannot be read."""
         return [self.view(k) for k in range(len(self.images))]
 
     def view(self, k):
@@ -309,14 +314,16 @@ class Sample:
         image = np.asarray(_read_image(image_path).convert("RGB"))
         raw = np.asarray(_read_image(depth_path))
         if raw.ndim != 2 or raw.dtype == np.uint8:
-            raise DataError(f"{depth_path}: a depth map is a 16-bit one-channel png in millimetres, "
-                            f"this one is {raw.dtype} {raw.shape}")
+            raise DataError(f"{depth_path}: a depth map is a 16-bit one-channel png in "
+                            f"millimetres, this one is {raw.dtype} {raw.shape}")
         depth = raw.astype(np.float32) / 1000  # millimetres in every source
         (H, W), (H_i, W_i) = depth.shape, image.shape[:2]
         if abs(W / H * H_i / W_i - 1) > 0.03:
-            raise DataError(f"{depth_path}: {W}x{H} pixels and the image's {W_i}x{H_i} differ in shape")
+            raise DataError(f"{depth_path}: {W}x{H} pixels and the image's {W_i}x{H_i} "
+                            "differ in shape")
         scene, folder = image_path.parent.parent, image_path.parent.name
-        pose_path = scene / folder.replace("image_color", "pose").replace("video_color", "video_pose")
+        pose_path = scene / (folder.replace("image_color", "pose")
+                             .replace("video_color", "video_pose"))
         cam2world = _read_matrix(pose_path / f"{image_path.stem}.txt", rows=(4,))
         if self.source == "structured3d":
             cam2world[:3, 3] /= 1000  # the one source whose poses are in millimetres
@@ -345,14 +352,15 @@ class Sample:
             for k, colour in enumerate(present):  # a short index: all the rest on its last image
                 which = index[min(k, len(index) - 1)]
                 if not 0 <= which < len(pictures):
-                    raise DataError(f"{self.id}: {colour} {shape} is on image {which} of {len(pictures)}")
+                    raise DataError(f"{self.id}: {colour} {shape} is on image {which} "
+                                    f"of {len(pictures)}")
                 for mark in self.markers[f"{colour}_{shape}"]:
                     _draw_marker(pictures[which], mark, MARKER_RGB[colour])
         return pictures
 
 
 class Samples(Sequence):
-    """A read-only list of Sample that holds a byte offset a line; a line is parsed when it is indexed.
+    """A read-only list of Sample that holds a byte offset a line; a line is parsed when indexed.
 
     files: (path, source, task, kind) of each jsonl file.
     """
@@ -385,7 +393,8 @@ class Samples(Sequence):
             depths = record.get("depth") or [_depth_name(name) for name in images]
             depths = [depths] if isinstance(depths, str) else list(depths)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{where}: not a SPAR record ({type(error).__name__}: {error})") from None
+            raise DataError(f"{where}: not a SPAR record "
+                            f"({type(error).__name__}: {error})") from None
         if len(depths) != len(images) or not images:
             raise DataError(f"{where}: {len(images)} images and {len(depths)} depth maps")
         base = self.root / source / "images"
@@ -393,27 +402,30 @@ class Samples(Sequence):
             id=str(record.get("id", index)), source=source, task=task, kind=kind,
             question=re.sub(r"(Frame-\d+: )?<image>\n?", "", question).strip(), answer=answer,
             images=[base / name for name in images], depths=[base / name for name in depths],
-            markers={k: v for k, v in record.items() if k.endswith(("_point", "_bbox", "_img_idx"))})
+            markers={k: v for k, v in record.items()
+                     if k.endswith(("_point", "_bbox", "_img_idx"))})
 
 
 def load_samples(root, split="train", tasks=None, kinds=("select", "fill")):
-    """Index a SPAR-7M-RGBD tree: root/<source>/qa_jsonl/<split>/<task>/<kind>/*.jsonl. Reads no pixel.
+    """Index SPAR-7M-RGBD: root/<source>/qa_jsonl/<split>/<task>/<kind>/*.jsonl. Reads no pixel.
 
-    tasks: names, None for all; kinds: of select, fill, sentence, judge. Returns a list-like Samples,
-    in the order of the sorted file names. Raises DataError when nothing is found, saying where it
-    looked. A source that is none of SPAR's is read like ScanNet (metres, intrinsics per scene).
+    tasks: names, None for all; kinds: of select, fill, sentence, judge. Returns a list-like
+    Samples, in the order of the sorted file names. Raises DataError when nothing is found, saying
+    where it looked. A source that is none of SPAR's is read like ScanNet (metres, intrinsics per
+    scene).
     """
     root = Path(root)
     if not root.is_dir():
-        raise DataError(f"{root}: no such directory; --data takes the folder that holds scannet/, ...")
+        raise DataError(f"{root}: no such directory; "
+                        "--data takes the folder that holds scannet/, ...")
     found = sorted(path for path in root.glob(f"*/qa_jsonl/{split}/*/*/*.jsonl"))
     files = [(path, path.parts[-6], path.parts[-3], path.parts[-2]) for path in found
              if path.parts[-2] in kinds and (tasks is None or path.parts[-3] in tasks)]
     samples = Samples(root, files)
     if not len(samples):
         there = ", ".join(sorted({"/".join(path.parts[-3:-1]) for path in found})) or "nothing"
-        raise DataError(f"{root}: no sample in */qa_jsonl/{split}/<task>/<kind>/*.jsonl with kind in "
-                        f"{list(kinds)} and task in {'any' if tasks is None else list(tasks)}; "
+        raise DataError(f"{root}: no sample in */qa_jsonl/{split}/<task>/<kind>/*.jsonl with kind "
+                        f"in {list(kinds)} and task in {'any' if tasks is None else list(tasks)}; "
                         f"found there: {there}")
     return samples
 
@@ -431,7 +443,8 @@ def _line_offsets(path, block=1 << 24):
 
 
 def _depth_name(image_name):
-    folder = str(image_name).replace("image_color", "image_depth").replace("video_color", "video_depth")
+    folder = str(image_name).replace("image_color", "image_depth")
+    folder = folder.replace("video_color", "video_depth")
     return str(Path(folder).with_suffix(".png"))
 
 
@@ -490,15 +503,16 @@ def _draw_marker(picture, mark, rgb):
 
 # ------------------------------------------------------- rendered rooms: the inverse of unproject
 
-SOLID_RGB = {"red": (200, 35, 35), "green": (40, 150, 55), "blue": (40, 70, 200), "yellow": (235, 205, 40),
-             "orange": (240, 130, 25), "purple": (125, 50, 160), "pink": (245, 150, 190),
-             "cyan": (50, 200, 210), "brown": (115, 70, 35), "black": (30, 30, 35)}
-ROOM_VERSION = 1  # of what render_rooms writes; raise it when that changes, so that old rooms are redone
+SOLID_RGB = {"red": (200, 35, 35), "green": (40, 150, 55), "blue": (40, 70, 200),
+             "yellow": (235, 205, 40), "orange": (240, 130, 25), "purple": (125, 50, 160),
+             "pink": (245, 150, 190), "cyan": (50, 200, 210), "brown": (115, 70, 35),
+             "black": (30, 30, 35)}
+ROOM_VERSION = 1  # of what render_rooms writes; raise it when that changes: old rooms are redone
 
 
 @dataclass
 class Solid:
-    """A coloured solid on the floor: "box", "ball" or "pillar"; centre and half extents in metres."""
+    """A coloured solid on the floor: "box", "ball", "pillar"; centre and half extents in metres."""
 
     shape: str
     colour: str
@@ -513,7 +527,7 @@ class Solid:
 
 @dataclass
 class Room:
-    """A box-shaped room (world z up, one corner at the origin) with papered walls and solids in it."""
+    """A box-shaped room (world z up, a corner at the origin) with papered walls, and its solids."""
 
     size: np.ndarray  # (3,) metres
     paper: list  # of 6 dicts, a pattern a face: x=0, x=max, y=0, y=max, floor, ceiling
@@ -528,11 +542,12 @@ def make_room(rng):
     for face in range(6):
         tint = hue + face * 0.25 + rng.uniform(-0.08, 0.08)  # neighbouring walls differ in colour
         light = (0.55, 0.9) if face < 4 else ((0.3, 0.6) if face == 4 else (0.85, 0.95))
-        colours = [_tint(tint + shift, rng.uniform(0.25, 0.75) if face < 5 else 0.08, rng.uniform(*light))
-                   for shift in (0.0, 0.1, 0.5)]
+        colours = [_tint(tint + shift, rng.uniform(0.25, 0.75) if face < 5 else 0.08,
+                         rng.uniform(*light)) for shift in (0.0, 0.1, 0.5)]
         paper.append({"colours": np.array(colours), "pattern": int(rng.integers(4)),
                       "angle": rng.uniform(0, np.pi), "period": rng.uniform(0.35, 0.9),
-                      "phase": rng.uniform(0, 2 * np.pi, 2), "picture": _make_picture(rng, size, face)})
+                      "phase": rng.uniform(0, 2 * np.pi, 2),
+                      "picture": _make_picture(rng, size, face)})
     solids, count = [], int(rng.integers(4, 9))
     colours = list(rng.permutation(list(SOLID_RGB)))
     for _ in range(200):
@@ -543,7 +558,8 @@ def make_room(rng):
             half[2] = half[0] if shape == "ball" else rng.uniform(0.3, 0.7)
         reach = float(np.hypot(half[0], half[1])) if shape == "box" else half[0]
         spot = rng.uniform(reach + 0.05, size[:2] - reach - 0.05)
-        if all(np.hypot(*(spot - s.centre[:2])) > reach + np.hypot(*s.half[:2]) + 0.1 for s in solids):
+        if all(np.hypot(*(spot - s.centre[:2])) > reach + np.hypot(*s.half[:2]) + 0.1
+               for s in solids):
             solids.append(Solid(shape, str(colours.pop()), np.array([*spot, half[2]]), half,
                                 rng.uniform(0, np.pi / 2)))
         if len(solids) == count:
@@ -552,7 +568,7 @@ def make_room(rng):
 
 
 def _make_picture(rng, size, face):
-    """A framed picture on a wall: its centre, half size (metres along the wall and up), two colours."""
+    """A framed picture on a wall: centre, half size (metres along the wall and up), two colours."""
     along = size[1] if face < 2 else size[0]
     half = np.array([rng.uniform(0.25, 0.6), rng.uniform(0.2, 0.45)])
     centre = np.array([rng.uniform(half[0] + 0.1, along - half[0] - 0.1), rng.uniform(1.1, 1.7)])
@@ -637,7 +653,7 @@ _HIT = {"box": _hit_box, "ball": _hit_ball, "pillar": _hit_pillar}
 
 
 def paint(room, surface, points_world, rng):
-    """Colours (H, W, 3) uint8 of the surfaces that cast found: paper, paint, a lamp, sensor noise."""
+    """Colours (H, W, 3) uint8 of the surfaces cast found: paper, paint, a lamp, sensor noise."""
     rgb = np.empty(points_world.shape, np.float32)
     for number in np.unique(surface):
         here = surface == number
@@ -675,7 +691,8 @@ def _paper(paper, st):
     c, s = math.cos(paper["angle"]), math.sin(paper["angle"])
     a = wave * (st[:, 0] * c + st[:, 1] * s) + paper["phase"][0]
     b = wave * (st[:, 1] * c - st[:, 0] * s) + paper["phase"][1]
-    value = (np.sin(a), np.sin(a) * np.sin(b), np.sin(a + 1.5 * np.sin(b)), np.sin(a) + np.sin(b) - 1)
+    value = (np.sin(a), np.sin(a) * np.sin(b), np.sin(a + 1.5 * np.sin(b)),
+             np.sin(a) + np.sin(b) - 1)
     mix = 0.5 + 0.5 * np.tanh(3 * value[paper["pattern"]])[:, None]  # soft edges: no aliasing
     drift = 0.5 + 0.5 * np.sin(0.9 * st[:, :1] + paper["phase"][0])  # no two places quite alike
     base, accent, far = paper["colours"]
@@ -683,7 +700,8 @@ def _paper(paper, st):
     picture = paper["picture"]
     inner = np.abs(st - picture["centre"]) / np.maximum(picture["half"], 1e-6)  # 1 at its edge
     framed = inner.max(-1) < 1
-    motif = np.where((inner**2).sum(-1)[:, None] < 0.4, picture["colours"][0], picture["colours"][1])
+    motif = np.where((inner**2).sum(-1)[:, None] < 0.4,
+                     picture["colours"][0], picture["colours"][1])
     motif = np.where(inner.max(-1)[:, None] > 0.85, 40.0, motif)
     return np.where(framed[:, None], motif, colour)
 
@@ -691,15 +709,16 @@ def _paper(paper, st):
 def _pick_cameras(room, rng, size):
     """K (3, 3) and three cam2world whose views share 20-80 % of each other's pixels, both ways."""
     f = size / 2 / math.tan(math.radians(rng.uniform(62, 84)) / 2)
-    K = np.array([[f, 0, (size - 1) / 2 + rng.uniform(-4, 4)], [0, f, (size - 1) / 2 + rng.uniform(-4, 4)],
-                  [0, 0, 1]])
+    K = np.array([[f, 0, (size - 1) / 2 + rng.uniform(-4, 4)],
+                  [0, f, (size - 1) / 2 + rng.uniform(-4, 4)], [0, 0, 1]])
     small = 32
     K_small = K * [[small / size], [small / size], [1]]
     for _ in range(100):
         views, first = [], None
         for _ in range(30):
             position = np.array([*rng.uniform(0.4, room.size[:2] - 0.4), rng.uniform(1.2, 1.7)])
-            if any(np.hypot(*(position - s.centre)[:2]) < np.hypot(*s.half[:2]) + 0.3 for s in room.solids):
+            if any(np.hypot(*(position - s.centre)[:2]) < np.hypot(*s.half[:2]) + 0.3
+                   for s in room.solids):
                 continue
             towards = rng.uniform(0.3, 0.7, 2) * room.size[:2] - position[:2]
             cam2world = look(position, math.atan2(towards[1], towards[0]) + rng.normal(0, 0.25),
@@ -716,22 +735,24 @@ def _pick_cameras(room, rng, size):
 
 
 def render_rooms(root, rooms=300, seed=0, size=224, held_out=0.1):
-    """Write `rooms` rendered rooms as a SPAR-7M-RGBD tree, and a benchmark with SPAR-Bench's fields.
+    """Write `rooms` rendered rooms as a SPAR-7M-RGBD tree and a benchmark with SPAR-Bench's fields.
 
-        root/rooms/images/<room>/{image_color,image_depth,pose,intrinsic}/...     3 views a room
-        root/rooms/qa_jsonl/{train,val}/<task>/<kind>/<kind>_<N>.jsonl           the last 10 % are val
-        root/benchmark/rooms.jsonl, root/benchmark/images/                        val, markers drawn
+        root/rooms/images/<room>/{image_color,image_depth,pose,intrinsic}/...  3 views a room
+        root/rooms/qa_jsonl/{train,val}/<task>/<kind>/<kind>_<N>.jsonl         the last 10 % are val
+        root/benchmark/rooms.jsonl, root/benchmark/images/                     val, markers drawn
 
     Deterministic by seed. Rendered once: a finished tree with the same arguments is left alone, an
     interrupted one is redone. Returns root.
     """
     root = Path(root)
-    stamp = {"rooms": rooms, "seed": seed, "size": size, "held_out": held_out, "version": ROOM_VERSION}
+    stamp = {"rooms": rooms, "seed": seed, "size": size, "held_out": held_out,
+             "version": ROOM_VERSION}
     done = root / "rooms.json"
     if done.exists() and json.loads(done.read_text()) == stamp:
         return root
     if root.exists() and not done.exists():
-        raise DataError(f"{root}: exists, and is not a tree of rendered rooms; remove it or name another folder")
+        raise DataError(f"{root}: exists, and is not a tree of rendered rooms; "
+                        "remove it or name another folder")
     partial = root.with_name(root.name + ".partial")
     if partial.exists():
         print(f"{partial}: an interrupted rendering, starting over")
@@ -782,7 +803,7 @@ def _render_room(root, number, seed, size):
         Image.fromarray(np.rint(depth * 1000).astype(np.uint16)).save(
             scene / "image_depth" / f"{k}.png", compress_level=1)
         np.savetxt(scene / "pose" / f"{k}.txt", poses[k], fmt="%.8f")
-    return ask(name, room, K, poses, shots, rng)
+    return Questions(name, room, K, poses, shots, rng).records
 
 
 def _visible(surface, room, pixels=150):
@@ -792,161 +813,190 @@ def _visible(surface, room, pixels=150):
     return [k for k in range(len(room.solids)) if counts[6 + k] >= pixels and 6 + k not in border]
 
 
-def ask(name, room, K, poses, shots, rng):
-    """Questions about three views of a room, with exact answers, as (task, kind, SPAR record).
+class Questions:
+    """Questions on three views of a room, with exact answers: `records`, (task, kind, SPAR record).
 
-    A question whose answer would be close to undecided is left out.
+    room, K, poses (3 of cam2world) and shots (3 of what cast returns) say everything there is to
+    know. A question whose answer would be nearly undecided is left out.
     """
-    size = shots[0][0].shape[0]
-    seen = [_visible(surface, room) for _, surface, _ in shots]
-    records = []
 
-    def add(task, kind, views, question, answer, **markers):
-        image = [f"{name}/image_color/{k}.jpg" for k in views]
-        records.append((task, kind, {
-            "id": f"{name}_{len(records)}", "image": image, "depth": [_depth_name(p) for p in image],
-            "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
-            "type": task, **markers}))
+    def __init__(self, scene, room, K, poses, shots, rng):
+        self.scene, self.room, self.K, self.poses = scene, room, K, poses
+        self.shots, self.rng = shots, rng
+        self.size = shots[0][0].shape[0]
+        self.names = [solid.name for solid in room.solids]
+        self.seen = [_visible(surface, room) for _, surface, _ in shots]
+        self.records = []
+        for ask in (self.depth, self.distance, self.view_change, self.position, self.camera_motion,
+                    self.side_of_camera, self.nearest, self.single_depth, self.single_relation):
+            a, b = (int(k) for k in rng.permutation(3)[:2])  # two of the views, in either order
+            ask(a, b, int(rng.choice(self.seen[a])), int(rng.choice(self.seen[b])))
 
-    def choose(task, views, question, right, wrong, **markers):
-        """A select question: four letters, or as many as there are options."""
-        options = [right, *wrong]
-        order = rng.permutation(len(options))
-        listed = " ".join(f"{'ABCD'[k]}. {options[o]}" for k, o in enumerate(order))
-        add(task, "select", views, f"{question} {listed}", "ABCD"[int(np.argmin(order))], **markers)
+    # each asks about views a and b; red is a solid seen in a, blue one seen in b
 
-    def point(k, solid):
-        """A pixel on a solid in view k: where it is (0..1000), its depth, its point."""
-        depth, surface, points_world = shots[k]
+    def depth(self, a, b, red, blue):
+        (red_uv, red_depth, _), (blue_uv, blue_depth, _) = self.point(a, red), self.point(b, blue)
+        self.fill("depth_prediction_oc_mv", (0, 1, 2),
+                  f"The {self.names[red]} (red point, image {a + 1}) is {red_depth:.1f} meters "
+                  f"deep in its image. How deep is the {self.names[blue]} (blue point, image "
+                  f"{b + 1}) in its image, in meters? Give one number.", f"{blue_depth:.1f}",
+                  red_point=[red_uv], blue_point=[blue_uv], point_img_idx=[[a, b]])
+
+    def distance(self, a, b, red, blue):
+        (red_uv, _, red_point), (blue_uv, _, blue_point) = self.point(a, red), self.point(b, blue)
+        if red != blue:
+            self.fill("distance_prediction_oo_mv", (0, 1, 2),
+                      f"How far is the {self.names[red]} (red point, image {a + 1}) from the "
+                      f"{self.names[blue]} (blue point, image {b + 1}), in meters? "
+                      "Give one number.", f"{np.linalg.norm(red_point - blue_point):.1f}",
+                      red_point=[red_uv], blue_point=[blue_uv], point_img_idx=[[a, b]])
+
+    def view_change(self, a, b, red, blue):
+        pose = relative_pose(self.poses[a], self.poses[b])
+        x, y, z = pose[:3, 3]
+        right = round(math.degrees(math.atan2(pose[0, 2], pose[2, 2])))  # where b looks, seen by a
+        up = round(math.degrees(math.asin(np.clip(-pose[1, 2], -1, 1))))
+        parts = (("move", "right" if x >= 0 else "left", f"{abs(x):.1f}"),
+                 ("move", "down" if y >= 0 else "up", f"{abs(y):.1f}"),
+                 ("move", "forward" if z >= 0 else "backward", f"{abs(z):.1f}"),
+                 ("rotate", "up" if up >= 0 else "down", abs(up)),
+                 ("rotate", "right" if right >= 0 else "left", abs(right)))
+        self.fill("view_change_infer", (a, b),
+                  "How did the camera get from the first image to the second? Answer in meters and "
+                  "degrees as move_<right_or_left>:x,move_<down_or_up>:x,"
+                  "move_<forward_or_backward>:x,rotate_<down_or_up>:x,rotate_<right_or_left>:x.",
+                  ",".join(f"{verb}_{way}:{amount}" for verb, way, amount in parts))
+
+    def position(self, a, b, red, blue):
+        if red not in self.seen[b]:
+            return
+        gold, write = self.box(b, red), "({},{},{},{})".format
+        question = (f"The {self.names[red]} is in the red box of the first image. What is its "
+                    "bounding box in the second image, as x1,y1,x2,y2 from 0 to 1000?")
+        marks = {"red_bbox": [self.box(a, red)], "bbox_img_idx": [[0]]}
+        self.fill("position_matching", (a, b), question, write(*gold), **marks)
+        w, h = gold[2] - gold[0], gold[3] - gold[1]
+        corners = [(int(self.rng.integers(0, 1001 - w)), int(self.rng.integers(0, 1001 - h)))
+                   for _ in range(3)]  # boxes of its size
+        if all(abs(x - gold[0]) + abs(y - gold[1]) > 100 for x, y in corners):  # all elsewhere
+            self.select("position_matching", (a, b), question, write(*gold),
+                        [write(x, y, x + w, y + h) for x, y in corners], **marks)
+
+    def camera_motion(self, a, b, red, blue):
+        for first, second in ((a, b), (b, a)):  # does one of the two see the place of the other?
+            uv, depth = project(self.poses[second][:3, 3], self.K, self.poses[first])
+            x, y = (int(np.clip(round((c + 0.5) / self.size * 1000), -9999, 9999)) for c in uv)
+            if depth > 0.3 and 0 <= x <= 1000 and 0 <= y <= 1000:
+                question = ("Where in the first image is the camera of the second image? Answer "
+                            "with its position from 0 to 1000 and its depth in meters.")
+                self.fill("camera_motion_infer", (first, second), f"{question} Write (x,y),depth.",
+                          f"({x},{y}),{depth:.1f}")
+                wrong = [(*self.rng.integers(0, 1001, 2),
+                          depth * self.rng.choice([0.5, 0.7, 1.4, 1.8])) for _ in range(3)]
+                write = "Image Coor:({}, {}), Depth:{:.1f} meters".format
+                self.select("camera_motion_infer", (first, second), question, write(x, y, depth),
+                            [write(*option) for option in wrong])
+                return
+
+    def side_of_camera(self, a, b, red, blue):
+        centre = self.room.solids[red].centre
+        here, there = (np.linalg.norm(centre - self.poses[k][:3, 3]) for k in (a, b))
+        x, y, _ = self.in_camera(b, red)
+        self.select_words("obj_spatial_relation_oc_mv", (0, 1, 2),
+                          f"The {self.names[red]} is in the red box of image {a + 1}. Seen by the "
+                          f"camera of image {b + 1}, on which side of its optical axis is it, and "
+                          "is it closer to that camera or farther than to the camera of image "
+                          f"{a + 1}?", (x, y, there - here),
+                          (_LEFT_RIGHT, _ABOVE_BELOW, _CLOSER_FARTHER),
+                          red_bbox=[self.box(a, red)], bbox_img_idx=[[a]])
+
+    def nearest(self, a, b, red, blue):
+        others = sorted({solid for seen in self.seen for solid in seen} - {red})
+        if len(others) < 2:
+            return
+        green, blue = (int(k) for k in self.rng.permutation(others)[:2])
+        on = [next(int(k) for k in self.rng.permutation(3) if s in self.seen[k])
+              for s in (red, green, blue)]
+        far = [np.linalg.norm(self.room.solids[s].centre - self.room.solids[red].centre)
+               for s in (green, blue)]
+        if abs(far[0] - far[1]) > 0.3:
+            options = [f"{self.names[green]} (green point)", f"{self.names[blue]} (blue point)"]
+            near = int(far[1] < far[0])
+            self.select("distance_infer_center_oo_mv", (0, 1, 2),
+                        f"Whose center is nearer to the center of the {self.names[red]} "
+                        "(red point)?", options[near], [options[1 - near]],
+                        red_point=[self.point(on[0], red)[0]],
+                        green_point=[self.point(on[1], green)[0]],
+                        blue_point=[self.point(on[2], blue)[0]], point_img_idx=[on])
+
+    def single_depth(self, a, b, red, blue):
+        uv, depth, _ = self.point(a, red)
+        self.fill("depth_prediction_oc", (a,),
+                  f"How deep is the {self.names[red]} (red point) in the image, in meters? "
+                  "Give one number.", f"{depth:.1f}", red_point=[uv])
+
+    def single_relation(self, a, b, red, blue):
+        if blue in self.seen[a] and blue != red:
+            x, _, z = self.in_camera(a, red) - self.in_camera(a, blue)
+            self.select_words("obj_spatial_relation_oo", (a,),
+                              f"Where is the {self.names[red]} (red box) relative to the "
+                              f"{self.names[blue]} (blue box), seen by the camera?",
+                              (x, z), (_LEFT_RIGHT, _CLOSER_FARTHER), red_bbox=[self.box(a, red)],
+                              blue_bbox=[self.box(a, blue)], bbox_img_idx=[[0, 0]])
+
+    # what the questions are made of
+
+    def point(self, k, solid):
+        """A pixel in the middle of a solid in view k: [x, y] of 0..1000, depth, point_world."""
+        depth, surface, points_world = self.shots[k]
         v, u = np.nonzero(surface == 6 + solid)
         middle = np.argmin((u - u.mean()) ** 2 + (v - v.mean()) ** 2)
-        v, u = int(v[middle]), int(u[middle])
-        return [round((u + 0.5) / size * 1000), round((v + 0.5) / size * 1000)], depth[v, u], points_world[v, u]
+        v, u = v[middle], u[middle]
+        return ([round(float(c + 0.5) / self.size * 1000) for c in (u, v)],
+                depth[v, u], points_world[v, u])
 
-    def box(k, solid):
-        v, u = np.nonzero(shots[k][1] == 6 + solid)
-        return [round(c / size * 1000) for c in (u.min(), v.min(), u.max() + 1, v.max() + 1)]
+    def box(self, k, solid):
+        """[x1, y1, x2, y2] of a solid in view k, 0..1000."""
+        v, u = np.nonzero(self.shots[k][1] == 6 + solid)
+        return [round(float(c) / self.size * 1000)
+                for c in (u.min(), v.min(), u.max() + 1, v.max() + 1)]
 
-    def relation(p, q, axes):
-        """Where p is relative to q in OpenCV axes, in words; None when it is nearly level with it."""
-        difference = np.asarray(p) - q
-        if np.abs(difference[list(axes)]).min() < 0.15:
-            return None
-        words = (("left", "right"), ("above", "below"), ("closer", "farther"))
-        return ", ".join(words[axis][int(difference[axis] > 0)] for axis in axes)
+    def in_camera(self, k, solid):
+        """A solid's centre (3,) in the frame of camera k."""
+        return (self.room.solids[solid].centre - self.poses[k][:3, 3]) @ self.poses[k][:3, :3]
 
-    def in_camera(k, p):
-        return (p - poses[k][:3, 3]) @ poses[k][:3, :3]
+    def fill(self, task, views, question, answer, kind="fill", **markers):
+        image = [f"{self.scene}/image_color/{k}.jpg" for k in views]
+        self.records.append((task, kind, {
+            "id": f"{self.scene}_{len(self.records)}", "image": image,
+            "depth": [_depth_name(name) for name in image],
+            "conversations": [{"from": "human", "value": question},
+                              {"from": "gpt", "value": answer}],
+            "type": task, **markers}))
 
-    names = [solid.name for solid in room.solids]
-    a, b = rng.permutation(3)[:2]  # two views of the three, in either order
-    red, blue = int(rng.choice(seen[a])), int(rng.choice(seen[b]))
-    (red_uv, red_depth, red_point), (blue_uv, blue_depth, blue_point) = point(a, red), point(b, blue)
-    marks = {"red_point": [red_uv], "blue_point": [blue_uv], "point_img_idx": [[int(a), int(b)]]}
-    add("depth_prediction_oc_mv", "fill", (0, 1, 2),
-        f"The {names[red]} (red point, image {a + 1}) is {red_depth:.1f} meters deep in its image. How deep is "
-        f"the {names[blue]} (blue point, image {b + 1}) in its image, in meters? Give one number.",
-        f"{blue_depth:.1f}", **marks)
-    apart = float(np.linalg.norm(red_point - blue_point))
-    if red != blue:
-        add("distance_prediction_oo_mv", "fill", (0, 1, 2),
-            f"How far is the {names[red]} (red point, image {a + 1}) from the {names[blue]} (blue point, image "
-            f"{b + 1}), in meters? Give one number.", f"{apart:.1f}", **marks)
+    def select(self, task, views, question, right, wrong, **markers):
+        """The same with lettered options in random order; the answer is the letter of `right`."""
+        order = self.rng.permutation(1 + len(wrong))
+        listed = " ".join(f"{letter}. {(right, *wrong)[o]}" for letter, o in zip("ABCD", order))
+        self.fill(task, views, f"{question} {listed}", "ABCD"[int(np.argmin(order))],
+                  kind="select", **markers)
 
-    pair = (int(a), int(b))
-    pose = relative_pose(poses[a], poses[b])
-    x, y, z = pose[:3, 3]
-    right = round(math.degrees(math.atan2(pose[0, 2], pose[2, 2])))
-    up = round(math.degrees(math.asin(np.clip(-pose[1, 2], -1, 1))))
-    add("view_change_infer", "fill", pair,
-        "How did the camera get from the first image to the second? Answer in meters and degrees as "
-        "move_<right_or_left>:x,move_<down_or_up>:x,move_<forward_or_backward>:x,rotate_<down_or_up>:x,"
-        "rotate_<right_or_left>:x.",
-        f"move_{'right' if x >= 0 else 'left'}:{abs(x):.1f},move_{'down' if y >= 0 else 'up'}:{abs(y):.1f},"
-        f"move_{'forward' if z >= 0 else 'backward'}:{abs(z):.1f},rotate_{'up' if up >= 0 else 'down'}:{abs(up)},"
-        f"rotate_{'right' if right >= 0 else 'left'}:{abs(right)}")
-
-    both = [solid for solid in seen[a] if solid in seen[b]]
-    if both:
-        solid = int(rng.choice(both))
-        question = (f"The {names[solid]} is in the red box of the first image. What is its bounding box in the second "
-                    "image, as x1,y1,x2,y2 from 0 to 1000?")
-        gold, marks = box(b, solid), {"red_bbox": [box(a, solid)], "bbox_img_idx": [[0]]}
-        add("position_matching", "fill", pair, question, "({},{},{},{})".format(*gold), **marks)
-        wrong = []
-        for _ in range(3):  # the same size of box elsewhere
-            w, h = gold[2] - gold[0], gold[3] - gold[1]
-            x1, y1 = int(rng.integers(0, 1001 - w)), int(rng.integers(0, 1001 - h))
-            wrong.append([x1, y1, x1 + w, y1 + h])
-        if all(abs(w[0] - gold[0]) + abs(w[1] - gold[1]) > 100 for w in wrong):
-            choose("position_matching", pair, question, "({},{},{},{})".format(*gold),
-                   ["({},{},{},{})".format(*w) for w in wrong], **marks)
-
-    for a2, b2 in ((a, b), (b, a)):  # which of the two sees the other camera, if one does
-        uv, depth = project(poses[b2][:3, 3], K, poses[a2])
-        spot = [round((c + 0.5) / size * 1000) for c in uv] if depth > 0.3 else [-1, -1]
-        if all(0 <= c <= 1000 for c in spot):
-            question = ("Where in the first image is the camera of the second image? Answer with its position from 0 "
-                        "to 1000 and its depth in meters.")
-            add("camera_motion_infer", "fill", (int(a2), int(b2)), question + " Write (x,y),depth.",
-                f"({spot[0]},{spot[1]}),{depth:.1f}")
-            wrong = [(*rng.integers(0, 1001, 2), depth * rng.choice([0.5, 0.7, 1.4, 1.8])) for _ in range(3)]
-            write = "Image Coor:({}, {}), Depth:{:.1f} meters".format
-            choose("camera_motion_infer", (int(a2), int(b2)), question, write(*spot, depth),
-                   [write(*w) for w in wrong])
-            break
-
-    where = relation(in_camera(b, room.solids[red].centre), np.zeros(3), (0, 1))
-    here, there = (np.linalg.norm(room.solids[red].centre - poses[k][:3, 3]) for k in (a, b))
-    if where and abs(here - there) > 0.2:
-        right = f"{where}, {'closer' if there < here else 'farther'}"
-        choose("obj_spatial_relation_oc_mv", (0, 1, 2),
-               f"The {names[red]} is in the red box of image {a + 1}. Seen by the camera of image {b + 1}, on which side of "
-               f"its optical axis is it, and is it closer to it or farther than to the camera of image {a + 1}?",
-               right, _other_relations(right, rng), red_bbox=[box(a, red)], bbox_img_idx=[[int(a)]])
-
-    anywhere = sorted({solid for k in range(3) for solid in seen[k]})
-    if len(anywhere) >= 3:
-        trio = [int(k) for k in rng.permutation(anywhere)[:3]]  # red, green, blue: SPAR's order here
-        on = [next(int(k) for k in rng.permutation(3) if solid in seen[k]) for solid in trio]
-        far = [np.linalg.norm(room.solids[s].centre - room.solids[trio[0]].centre) for s in trio[1:]]
-        if abs(far[0] - far[1]) > 0.3:
-            near = int(far[1] < far[0])
-            options = [f"{names[s]} ({colour} point)" for s, colour in zip(trio[1:], ("green", "blue"))]
-            choose("distance_infer_center_oo_mv", (0, 1, 2),
-                   f"Whose center is nearer to the center of the {names[trio[0]]} (red point)?",
-                   options[near], [options[1 - near]], point_img_idx=[on],
-                   **{f"{colour}_point": [point(k, s)[0]] for colour, s, k in zip(("red", "green", "blue"), trio, on)})
-
-    single = int(a)
-    add("depth_prediction_oc", "fill", (single,),
-        f"How deep is the {names[red]} (red point) in the image, in meters? Give one number.",
-        f"{red_depth:.1f}", red_point=[red_uv])
-    others = [solid for solid in seen[a] if solid != red]
-    if others:
-        other = int(rng.choice(others))
-        right = relation(in_camera(a, room.solids[red].centre), in_camera(a, room.solids[other].centre), (0, 2))
-        if right:
-            choose("obj_spatial_relation_oo", (single,),
-                   f"Where is the {names[red]} (red box) relative to the {names[other]} (blue box), seen by the camera?",
-                   right, _other_relations(right, rng), red_bbox=[box(a, red)], blue_bbox=[box(a, other)],
-                   bbox_img_idx=[[0, 0]])
-    return records
+    def select_words(self, task, views, question, values, words, margin=0.15, **markers):
+        """Options combine word pairs, e.g. "left, closer"; each value's sign chooses its word."""
+        if min(abs(value) for value in values) >= margin:
+            right = ", ".join(pair[int(value > 0)] for pair, value in zip(words, values))
+            every = [", ".join(combination) for combination in itertools.product(*words)]
+            wrong = [combination for combination in self.rng.permutation(every)
+                     if combination != right][:3]
+            self.select(task, views, question, right, wrong, **markers)
 
 
-def _other_relations(right, rng):
-    """Three other combinations of the same kinds of words."""
-    pairs = [next(p for p in (("left", "right"), ("above", "below"), ("closer", "farther")) if word in p)
-             for word in right.split(", ")]
-    combinations = [[]]
-    for pair in pairs:
-        combinations = [[*c, word] for c in combinations for word in pair]
-    others = [", ".join(c) for c in combinations if ", ".join(c) != right]
-    return [others[k] for k in rng.permutation(len(others))[:3]]
+_LEFT_RIGHT, _ABOVE_BELOW = ("left", "right"), ("above", "below")
+_CLOSER_FARTHER = ("closer", "farther")
 
 
 def _write_benchmark(root):
-    """SPAR-Bench's rows for the val rooms: its formats for each task, pictures with markers drawn."""
+    """SPAR-Bench's rows for the val rooms: its formats per task, pictures with markers drawn."""
     folder = root / "benchmark" / "images"
     folder.mkdir(parents=True)
     rows = []
@@ -964,13 +1014,14 @@ def _write_benchmark(root):
 
 
 def _progress(items, total, label):
-    """Yield items, showing a bar with the time left: in place on a terminal, else a line a quarter."""
-    start, shown, live = time.monotonic(), -1.0, sys.stdout.isatty()
+    """Yield items, showing a bar with time left: in place on a terminal, else a line a quarter."""
+    start, shown, live = time.monotonic(), 0.0, sys.stdout.isatty()
     for done, item in enumerate(items, 1):
         yield item
-        share, now = done / total, time.monotonic() - start
-        if done == total or now - shown > 0.2 if live else 4 * done // total > 4 * (done - 1) // total:
-            shown = now
-            bar = "#" * round(24 * share)
-            print(f"{label} [{bar:24}] {done}/{total}  {now:.0f} s, {now / share - now:.0f} s left",
+        passed = time.monotonic() - start
+        due = passed - shown > 0.2 if live else 4 * done // total > 4 * (done - 1) // total
+        if due or done == total:
+            shown = passed
+            print(f"{label} [{'#' * (24 * done // total):24}] {done}/{total}  {passed:.0f} s, "
+                  f"{passed * (total - done) / done:.0f} s left",
                   end="\r" if live and done < total else "\n", flush=True)
