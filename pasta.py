@@ -74,9 +74,9 @@ def parse_args(argv=None):
     p.add_argument("--t-rel", type=float, default=0.05, help="and as a share of the depth; the larger one counts")  # not in the paper
     p.add_argument("--skip-empty", action="store_true", help="leave out patches without overlap; Eq. 2 makes their target uniform")  # not in the paper
     # optimisation
-    p.add_argument("--steps", type=int, help="default: one epoch; demo: 2000")
-    p.add_argument("--batch", type=int, default=1, help="samples per step over all processes (paper: 1)")
-    p.add_argument("--lr", type=float, help="fixed; paper: 1e-5; demo, whose model starts random: 3e-4")
+    p.add_argument("--steps", type=int, help="default: one epoch; demo: 1500")
+    p.add_argument("--batch", type=int, help="samples per step over all processes; paper: 1; demo: 2")
+    p.add_argument("--lr", type=float, help="fixed; paper: 1e-5; demo, whose model starts random: 5e-4")
     p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")  # not in the paper
     p.add_argument("--seed", type=int, default=0, help="decides the data order, and the demo's rooms and weights")
     # the machine
@@ -92,11 +92,10 @@ def parse_args(argv=None):
 
     args.demo = args.data is None
     if args.demo:  # the only place where demo and real run differ
-        args.lr = args.lr or 3e-4
-        args.steps = args.steps or 2000
-        args.data = str(DEMO / "data")
+        args.data, args.no_recompute = str(DEMO / "data"), True
+        args.lr, args.batch, args.steps = args.lr or 5e-4, args.batch or 2, args.steps or 1500
     else:
-        args.lr = args.lr or 1e-5
+        args.lr, args.batch = args.lr or 1e-5, args.batch or 1
     for name in ("samples", "grid", "batch", "heldout", "workers"):
         if getattr(args, name) < 1:
             p.error(f"--{name} must be 1 or more, got {getattr(args, name)}")
