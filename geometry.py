@@ -88,8 +88,9 @@ def unproject(depth, K, cam2world):
     d = np.where(valid, depth, 0.0)
     x = (np.arange(W) - K[0, 2]) / K[0, 0]  # (W,)
     y = (np.arange(H) - K[1, 2]) / K[1, 1]  # (H,)
-    points = np.stack([x[None, :] * d, y[:, None] * d, d], axis=-1)  # camera frame (H, W, 3)
-    return points @ cam2world[:3, :3].T + cam2world[:3, 3], valid
+    points = np.stack([x[None, :] * d, y[:, None] * d, d]).reshape(3, -1)  # camera frame; planes of
+    points_world = cam2world[:3, :3] @ points + cam2world[:3, 3:]  # x, y, z: numpy likes long rows
+    return np.moveaxis(points_world.reshape(3, H, W), 0, -1), valid
 
 
 def project(points_world, K, cam2world):
@@ -97,12 +98,12 @@ def project(points_world, K, cam2world):
 
     Not clipped: a point behind the camera has z <= 0 and a uv that means nothing.
     """
-    R, c = cam2world[:3, :3], cam2world[:3, 3]
-    points = (points_world - c) @ R  # R^T (p - c): camera frame
-    z = points[..., 2]
+    R, c = cam2world[:3, :3], cam2world[:3, 3:]
+    points_world = np.moveaxis(np.asarray(points_world), -1, 0)  # (3, ...)
+    x, y, z = (R.T @ (points_world.reshape(3, -1) - c)).reshape(points_world.shape)  # camera frame
     with np.errstate(divide="ignore", invalid="ignore"):
-        uv = points[..., :2] / z[..., None] * (K[0, 0], K[1, 1]) + (K[0, 2], K[1, 2])
-    return uv, z
+        uv = np.stack([x / z * K[0, 0] + K[0, 2], y / z * K[1, 1] + K[1, 2]])
+    return np.moveaxis(uv, 0, -1), z
 
 
 def directional_overlap(x, y, n, t=0.05, t_rel=0.05, stride=4):
@@ -132,23 +133,20 @@ def directional_overlap(x, y, n, t=0.05, t_rel=0.05, stride=4):
     i = cell_v[:, None] * n + cell_u[None, :]  # patch of every sampled pixel
 
     points_world, valid = unproject(x.depth[first::stride, first::stride], K, x.cam2world)
-    uv, z = project(points_world[valid], y.K, y.cam2world)
-    i_valid = i[valid]
+    uv, z = project(points_world, y.K, y.cam2world)
+    u, v = uv[..., 0], uv[..., 1]
 
     H_y, W_y = y.depth.shape
-    with np.errstate(invalid="ignore"):
-        inside = (z > 0) & (uv > -0.5).all(-1) & (uv[:, 0] < W_y - 0.5) & (uv[:, 1] < H_y - 0.5)
-    uv, z, i_inside = uv[inside], z[inside], i_valid[inside]
-    u, v = np.rint(uv).astype(np.intp).T  # nearest pixel of y
-    u, v = u.clip(0, W_y - 1), v.clip(0, H_y - 1)
-    depth_y = y.depth[v, u]
-    seen = np.isfinite(depth_y) & (depth_y > 0)  # ... that has a value,
-    consistent = seen & (np.abs(z - depth_y) < np.maximum(t, t_rel * z))  # and the same surface
-    cell = ((uv + 0.5) * n / (W_y, H_y)).astype(np.intp).clip(0, n - 1)  # (points, 2)
-    j = cell[:, 1] * n + cell[:, 0]
+    inside = valid & (z > 0) & (u > -0.5) & (u < W_y - 0.5) & (v > -0.5) & (v < H_y - 0.5)
+    u, v, z, i_inside = u[inside], v[inside], z[inside], i[inside]
+    depth_y = y.depth[np.rint(v).astype(np.intp), np.rint(u).astype(np.intp)]  # nearest pixel
+    seen = np.isfinite(depth_y) & (depth_y > 0)
+    consistent = seen & (np.abs(z - depth_y) < np.maximum(t, t_rel * z))  # the same surface
+    cell_u, cell_v = ((c + 0.5) * (n / size) for c, size in ((u, W_y), (v, H_y)))
+    j = np.minimum(cell_v.astype(np.intp), n - 1) * n + np.minimum(cell_u.astype(np.intp), n - 1)
 
     M = np.bincount(i_inside[consistent] * P + j[consistent], minlength=P * P).reshape(P, P)
-    pixels, with_depth = np.bincount(i.ravel(), minlength=P), np.bincount(i_valid, minlength=P)
+    pixels, with_depth = np.bincount(i.ravel(), minlength=P), np.bincount(i[valid], minlength=P)
     M = M / np.maximum(with_depth, 1)[:, None]
     M[with_depth < 0.25 * pixels] = 0.0  # not in the paper: too little depth to trust
     return M
@@ -367,7 +365,9 @@ class Samples(Sequence):
 
     def __init__(self, root, files):
         self.root, self.files = root, files
-        offsets = [_line_offsets(path) for path, *_ in files]
+        size = sum(path.stat().st_size for path, *_ in files)
+        shown = _progress(files, len(files), "indexing") if size > 2**30 else files
+        offsets = [_line_offsets(path) for path, *_ in shown]
         self.offset = np.concatenate([np.zeros(0, np.int64), *offsets])
         self.ends = np.cumsum([len(o) for o in offsets])  # samples up to and with each file
 
@@ -762,12 +762,15 @@ def render_rooms(root, rooms=300, seed=0, size=224, held_out=0.1):
 
     lines = {}  # (split, task, kind) -> records
     first_val = rooms - round(rooms * held_out)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy and Pillow release the lock
+    pool = ThreadPoolExecutor(os.cpu_count())  # numpy and Pillow release the lock
+    try:
         jobs = pool.map(lambda number: _render_room(partial, number, seed, size), range(rooms))
         for number, records in enumerate(_progress(jobs, rooms, "rendering rooms")):
+            split = "train" if number < first_val else "val"
             for task, kind, record in records:
-                split = "train" if number < first_val else "val"
                 lines.setdefault((split, task, kind), []).append(json.dumps(record))
+    finally:
+        pool.shutdown(cancel_futures=True)
     for (split, task, kind), records in lines.items():
         folder = partial / "rooms" / "qa_jsonl" / split / task / kind
         folder.mkdir(parents=True)
@@ -776,7 +779,7 @@ def render_rooms(root, rooms=300, seed=0, size=224, held_out=0.1):
         _write_benchmark(partial)
     (partial / "rooms.json").write_text(json.dumps(stamp))
     if root.exists():
-        shutil.rmtree(root)  # rooms of other arguments: their stamp was seen above
+        shutil.rmtree(root)  # rooms of other arguments, as their stamp said
     partial.rename(root)
     return root
 

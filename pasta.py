@@ -1,9 +1,9 @@
 """Stage 1 of HATCH, "how to look": Patch-Level Spatial Alignment (PaStA, section 3.3).
 
-Two views of one room, each cut into n x n patches. From depth and camera poses we know which patches
-show the same place (S, Eq. 1); the image encoder should know it too: the features of two patches are
-to be as similar as the patches overlap. Only the image encoder trains, the language model is not even
-loaded.
+Two views of one room, each cut into n x n patches. From depth and camera poses we know which
+patches show the same place (S, Eq. 1); the image encoder should know it too: the features of two
+patches are to be as similar as the patches overlap. Only the image encoder trains, the language
+model is not even loaded.
 
     Eq. 1  S       patch overlap of two views            geometry.correspondence
     Eq. 2  p(j|i)  target, softmax of S / tau1           target_distribution
@@ -11,7 +11,7 @@ loaded.
     Eq. 4  L_CL    both directions, all pairs            alignment_loss
     Eq. 5  L_X->Y  cross-entropy of p and q              directional_loss
 
-    python pasta.py --grid 4                      # renders rooms, makes a tiny Qwen2.5-VL, aligns it
+    python pasta.py --grid 4                     # renders rooms, makes a tiny Qwen2.5-VL, aligns it
     python pasta.py --grid 4 --model Qwen/Qwen2.5-VL-3B-Instruct --data /path/to/spar
     torchrun --nproc_per_node 4 pasta.py --grid 4 --batch 4 --model ... --data ...
 
@@ -20,8 +20,8 @@ matches.png (matches of held-out pairs before and after), checkpoint.safetensors
 
 Axes: V views, H W pixels, n grid side, P = n * n patches, D feature, h w merged tokens of an image.
 
-Deviations from the paper, and what it leaves open: each is tagged "not in the paper" on its line; the
-README lists them with their flags.
+Deviations from the paper, and what it leaves open: each is tagged "not in the paper" on its line;
+the README lists them with their flags.
 """
 
 import argparse
@@ -59,34 +59,53 @@ DEMO = Path("out/demo")
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description="PaStA: align Qwen2.5-VL's image encoder across posed views.")
+    p = argparse.ArgumentParser(
+        description="PaStA: align Qwen2.5-VL's image encoder across posed views.")
     # what to train on what; without --model and --data, a demo that needs neither
     p.add_argument("--model", help="model directory or hub id; default: a tiny random Qwen2.5-VL")
-    p.add_argument("--data", help="SPAR-7M-RGBD tree (the folder that holds scannet/, ...); default: rendered rooms")
+    p.add_argument("--data",
+                   help="SPAR-7M-RGBD tree (the folder that holds scannet/, ...); "
+                        "default: rendered rooms")
     p.add_argument("--out", default="out/pasta", help="where the aligned model and the log go")
-    p.add_argument("--samples", type=int, default=10_000, help="how many multi-image samples to draw (paper: 10,000)")
-    p.add_argument("--max-pixels", type=int, default=448 * 448, help="budget per image; larger ones are scaled down")
+    p.add_argument("--samples", type=int, default=10_000,
+                   help="how many multi-image samples to draw (paper: 10,000)")
+    p.add_argument("--max-pixels", type=int, default=448 * 448,
+                   help="budget per image; larger ones are scaled down")
     # the objective
-    p.add_argument("--grid", type=int, default=4, help="n: patches per side; the paper sweeps 2 to 6")
-    p.add_argument("--tau1", type=float, default=0.1, help="target temperature: 1 is near uniform, 0.05 near argmax")  # not in the paper
-    p.add_argument("--tau2", type=float, default=0.07, help="prediction temperature; lower asks for sharper features")  # not in the paper
-    p.add_argument("--t", type=float, default=0.05, help="depth agreement in metres; sensor noise is 0.004-0.02")  # not in the paper
-    p.add_argument("--t-rel", type=float, default=0.05, help="and as a share of the depth; the larger one counts")  # not in the paper
-    p.add_argument("--skip-empty", action="store_true", help="leave out patches without overlap; Eq. 2 makes their target uniform")  # not in the paper
+    p.add_argument("--grid", type=int, default=4,
+                   help="n: patches per side; the paper sweeps 2 to 6")
+    p.add_argument("--tau1", type=float, default=0.1,  # not in the paper
+                   help="target temperature: 1 is near uniform, 0.05 near argmax")
+    p.add_argument("--tau2", type=float, default=0.07,  # not in the paper
+                   help="prediction temperature; lower asks for sharper features")
+    p.add_argument("--t", type=float, default=0.05,  # not in the paper
+                   help="depth agreement in metres; sensor noise is 0.004-0.02")
+    p.add_argument("--t-rel", type=float, default=0.05,  # not in the paper
+                   help="and as a share of the depth; the larger one counts")
+    p.add_argument("--skip-empty", action="store_true",  # not in the paper
+                   help="leave out patches without overlap; Eq. 2 makes their target uniform")
     # optimisation
     p.add_argument("--steps", type=int, help="default: one epoch; demo: 1500")
-    p.add_argument("--batch", type=int, help="samples per step over all processes; paper: 1; demo: 2")
-    p.add_argument("--lr", type=float, help="fixed; paper: 1e-5; demo, whose model starts random: 5e-4")
-    p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")  # not in the paper
-    p.add_argument("--seed", type=int, default=0, help="decides the data order, and the demo's rooms and weights")
+    p.add_argument("--batch", type=int,
+                   help="samples per step over all processes; paper: 1; demo: 2")
+    p.add_argument("--lr", type=float,
+                   help="fixed; paper: 1e-5; demo, whose model starts random: 5e-4")
+    p.add_argument("--clip", type=float, default=1.0,  # not in the paper
+                   help="largest gradient norm")
+    p.add_argument("--seed", type=int, default=0,
+                   help="decides the data order, and the demo's rooms and weights")
     # the machine
     p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-                   help="of the working weights; auto: bf16 on CUDA, fp32 on a CPU. Master weights are always fp32")
-    p.add_argument("--no-recompute", action="store_true", help="keep activations instead of recomputing them: faster, more memory")
-    p.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="threads that prepare images and overlaps ahead")
+                   help="of the working weights; auto: bf16 on CUDA, fp32 on a CPU. "
+                        "Master weights are always fp32")
+    p.add_argument("--no-recompute", action="store_true",
+                   help="keep activations instead of recomputing them: faster, more memory")
+    p.add_argument("--workers", type=int, default=min(8, os.cpu_count()),
+                   help="threads that prepare images and overlaps ahead")
     # looking and saving
     p.add_argument("--heldout", type=int, default=64, help="held-out pairs to evaluate on")
-    p.add_argument("--eval-every", type=int, help="steps between evaluations, each with a checkpoint; default: a quarter")
+    p.add_argument("--eval-every", type=int,
+                   help="steps between evaluations, each with a checkpoint; default: a quarter")
     p.add_argument("--resume", action="store_true", help="continue from --out's checkpoint")
     args = p.parse_args(argv)
 
@@ -108,8 +127,8 @@ def parse_args(argv=None):
 def cell_features(tokens, n):
     """Average a feature map (h, w, D) over n x n cells -> e (P, D).
 
-    Cells have the fractional edges k / n that geometry uses, so a token that straddles an edge counts
-    for each side by its share, and any h and w will do.
+    Cells have the fractional edges k / n that geometry uses, so a token that straddles an edge
+    counts for each side by its share, and any h and w will do.
     """
     h, w, D = tokens.shape
     A_h, A_w = _cell_weights(h, n, tokens.device), _cell_weights(w, n, tokens.device)
@@ -138,8 +157,8 @@ def log_prediction(e_x, e_y, tau2):
 def directional_loss(S, e_x, e_y, tau1, tau2, skip_empty=False):
     """L_X->Y and its floor: S (P, P), e_x and e_y (P, D) -> cross-entropy, entropy of p; scalars.
 
-    The cross-entropy cannot fall below H(p), so what says how far training got is the excess CE - H(p),
-    the Kullback-Leibler divergence. skip_empty: average over patches with overlap only.
+    The cross-entropy cannot fall below H(p), so what says how far training got is the excess
+    CE - H(p), the Kullback-Leibler divergence. skip_empty: average over patches with overlap only.
     """
     p, log_q = target_distribution(S, tau1), log_prediction(e_x, e_y, tau2)
     CE = -(p * log_q).sum(-1)  # (P,)
@@ -151,7 +170,7 @@ def directional_loss(S, e_x, e_y, tau1, tau2, skip_empty=False):
 
 
 def alignment_loss(e, pairs, count, args):
-    """L_CL and its excess: e, list of (P, D); pairs, list of (x, y, S); count = |P| over all processes."""
+    """L_CL and its excess: e, list of (P, D); pairs, list of (x, y, S); count = |P|, all ranks."""
     loss = excess = 0.0
     for x, y, S in pairs:
         L_xy, H_xy = directional_loss(S, e[x], e[y], args.tau1, args.tau2, args.skip_empty)
@@ -193,8 +212,8 @@ class Frames:
     """Turns samples into what a step needs: image patches for the encoder and S for every pair.
 
     Frames that cannot be read are reported once, by name, and left out; `skipped` holds them.
-    own_val: whether the data has a val split. If not, one frame pair in ten is held out, by a hash of
-    the frames' names, in whichever samples it occurs.
+    own_val: whether the data has a val split. If not, one frame pair in ten is held out, by a hash
+    of the frames' names, in whichever samples it occurs.
     """
 
     def __init__(self, args, own_val):
@@ -207,7 +226,8 @@ class Frames:
         try:
             view = sample.view(k)
             if min(view.depth.shape) < self.args.grid:
-                raise geometry.DataError(f"{sample.depths[k]}: smaller than --grid {self.args.grid}")
+                raise geometry.DataError(
+                    f"{sample.depths[k]}: smaller than --grid {self.args.grid}")
             return view
         except geometry.DataError as error:
             return self.skip(error)
@@ -218,9 +238,10 @@ class Frames:
             print(f"skipped {error}", flush=True)
 
     def patches(self, view):
-        """The encoder's input for one view: {"patches" (h' * w', 1176) float32, "grid": (h', w')}."""
+        """The encoder's input for a view: {"patches" (h' * w', 1176) float32, "grid": (h', w')}."""
         out = self.processor(images=[view.image], return_tensors="pt")
-        return {"patches": out["pixel_values"], "grid": tuple(out["image_grid_thw"][0, 1:].tolist())}
+        return {"patches": out["pixel_values"],
+                "grid": tuple(out["image_grid_thw"][0, 1:].tolist())}
 
     def overlap(self, x, y):
         S = geometry.correspondence(x, y, self.args.grid, self.args.t, self.args.t_rel)
@@ -234,8 +255,8 @@ class Frames:
     def prepare(self, sample, pairs):
         """Read the frames that `pairs`, [(a, b), ...] of views of a sample, need.
 
-        Returns frames, dicts as of `patches` with the "image" beside; and [(x, y, S), ...] with indices
-        into frames. Pairs of unreadable frames are left out, so both lists can be empty.
+        Returns frames, dicts as of `patches` with the "image" beside; and [(x, y, S), ...] with
+        indices into frames. Pairs of unreadable frames are left out, so both lists can be empty.
         """
         views = {k: self.read(sample, k) for k in sorted({k for pair in pairs for k in pair})}
         used = [k for k in views if views[k]]
@@ -250,9 +271,9 @@ def all_pairs(sample):
 
 
 def sample_order(total, samples, seed):
-    """Position k of training -> index of a sample: `samples` of `total` drawn once, reshuffled each epoch.
+    """Position k of training -> index of a sample: `samples` of `total`, reshuffled each epoch.
 
-    A function of (seed, k) alone, so a resumed run goes on where it stopped.
+    They are drawn once. A function of (seed, k) alone, so a resumed run goes on where it stopped.
     """
     drawn = np.random.default_rng([seed, 0]).permutation(total)[:samples]
     epochs = {}
@@ -282,16 +303,18 @@ def find_held_out(samples, frames, count):
         if len(found) >= 3 * count:
             break
     found = list(found.values())
-    return [found[k] for k in rng.permutation(len(found))[:count]]  # the first few: different scenes
+    # in random order, so that the first few show different scenes
+    return [found[k] for k in rng.permutation(len(found))[:count]]
 
 
 def prepared_ahead(pool, frames, samples, order, args, start, rank, world):
-    """Yield each step's [(name, frames, pairs), ...] of this process, prepared ahead by the pool's threads."""
+    """Yield each step's [(name, frames, pairs), ...] of this process, prepared ahead by `pool`."""
     mine = range(rank, args.batch, world)
     ahead, submitted, queue = 2 + args.workers // len(mine), start, deque()
     for step in range(start, args.steps):
         while submitted < min(step + ahead, args.steps):
-            queue.append([pool.submit(_prepare, frames, samples, order(submitted * args.batch + k)) for k in mine])
+            queue.append([pool.submit(_prepare, frames, samples, order(submitted * args.batch + k))
+                          for k in mine])
             submitted += 1
         yield [job.result() for job in queue.popleft()]
 
@@ -306,23 +329,25 @@ def _prepare(frames, samples, index):
     return sample.id, *frames.prepare(sample, pairs)
 
 
-# ------------------------------------------------------------------------- looking at what it learnt
+# ----------------------------------------------------------------------- looking at what it learnt
 
 
 def evaluate(encoder, held_out, frames, pool, args, device, start_features=None):
-    """Match the held-out pairs. Returns the record for the log, the patch features of all pairs, and what
-    draw_matches needs of the first three.
+    """Match the held-out pairs. Returns the record for the log, the patch features of all pairs,
+    and what draw_matches needs of the first three.
 
-    match_accuracy: share of the patches with overlap, in both directions, whose most similar patch is
-    the one that overlaps most. chance: 1 / P. drift: relative change of the features since the start,
-    |e - e_start| / |e_start|; the frozen language model has not seen the new ones.
+    match_accuracy: share of the patches with overlap, in both directions, whose most similar patch
+    is the one that overlaps most. chance: 1 / P. drift: relative change of the features since the
+    start, |e - e_start| / |e_start|; the frozen language model has not seen the new ones.
     """
-    right = total = 0
+    right = total = busy = 0
     sums, features, shown = torch.zeros(2), [], []
     for ready, pairs in pool.map(lambda job: frames.prepare(job[0], [job[1]]), held_out):
         for x, y, S in pairs:
             with torch.no_grad():
+                busy -= time.monotonic()
                 e = [f.cpu() for f in encode(encoder, ready, args.grid, device)]
+                busy += time.monotonic()
                 sums += torch.stack(alignment_loss(e, [(x, y, S)], 1, args))
             forth, back = matches(S, e[x], e[y]), matches(S.T, e[y], e[x])
             for guess, _, gold, overlaps in (forth, back):
@@ -332,20 +357,23 @@ def evaluate(encoder, held_out, frames, pool, args, device, start_features=None)
             if len(shown) < 3:
                 shown.append((ready[x]["image"], ready[y]["image"], forth))
     if not features:
-        raise geometry.DataError(f"{args.data}: none of the {len(held_out)} held-out pairs can be read")
+        raise geometry.DataError(
+            f"{args.data}: none of the {len(held_out)} held-out pairs can be read")
     features = torch.stack(features)  # (pairs, 2, P, D)
     start = features if start_features is None else start_features
     record = {"match_accuracy": right / max(total, 1), "chance": 1 / args.grid**2,
               "drift": float((features - start).norm() / start.norm()),
-              "heldout_loss": float(sums[0]) / len(features), "heldout_excess": float(sums[1]) / len(features)}
+              "heldout_loss": float(sums[0]) / len(features),
+              "heldout_excess": float(sums[1]) / len(features),
+              "views_per_s": 2 * len(features) / busy}
     return record, features, shown
 
 
 def draw_matches(path, before, after, n):
     """A picture of the first held-out pairs, before training (left) and now (right).
 
-    Lines join the up to 12 patches of the first view that are surest of their match (and have a true
-    one) to their match in the second view: green if that patch overlaps most, red if not.
+    Lines join the up to 12 patches of the first view that are surest of their match (and have a
+    true one) to their match in the second view: green if that patch overlaps most, red if not.
     """
     panels = [[_match_panel(title, *view, n) for title, view in (("before", b), ("after", a))]
               for b, a in zip(before, after)]
@@ -374,10 +402,12 @@ def _match_panel(title, image_x, image_y, matched, n, height=260, head=24):
             u, v = x + k * view.width // n, head + k * height // n
             draw.line([u, head, u, head + height], fill=(190, 190, 190))
             draw.line([x, v, x + view.width, v], fill=(190, 190, 190))
-    surest = similarity.masked_fill(~overlaps, -2.0).argsort(descending=True)[:min(12, int(overlaps.sum()))]
+    surest = similarity.masked_fill(~overlaps, -2.0).argsort(descending=True)[
+        :min(12, int(overlaps.sum()))]
     for i in surest.tolist():
-        apart = ((i % n + 0.5) / n - 0.5) * 0.5  # or lines along a row of cells would hide each other
-        ends = [(x + (cell % n + 0.5) * view.width / n, head + (cell // n + 0.5 + apart) * height / n)
+        apart = ((i % n + 0.5) / n - 0.5) * 0.5  # or lines along a row would hide each other
+        ends = [(x + (cell % n + 0.5) * view.width / n,
+                 head + (cell // n + 0.5 + apart) * height / n)
                 for cell, view, x in zip((i, int(guess[i])), views, left)]
         colour = (20, 170, 60) if guess[i] == gold[i] else (220, 40, 40)
         draw.line(ends, fill="white", width=5)
@@ -385,8 +415,8 @@ def _match_panel(title, image_x, image_y, matched, n, height=260, head=24):
         for u, v in ends:
             draw.ellipse([u - 5, v - 5, u + 5, v + 5], fill=colour, outline="white")
     right = int((guess == gold)[surest].sum())
-    draw.text((2, 2), f"{title}: {right} of the {len(surest)} surest matches are right", fill="black",
-              font=ImageFont.load_default(15))
+    draw.text((2, 2), f"{title}: {right} of the {len(surest)} surest matches are right",
+              fill="black", font=ImageFont.load_default(15))
     return panel
 
 
@@ -394,7 +424,7 @@ def _match_panel(title, image_x, image_y, matched, n, height=260, head=24):
 
 
 class Recompute(torch.autograd.Function):
-    """Activation checkpointing: keep a block's input only, and run the block again in the backward pass."""
+    """Activation checkpointing: keep a block's input only, run it again in the backward pass."""
 
     @staticmethod
     def forward(ctx, run, hidden):
@@ -424,7 +454,8 @@ def attend_in_groups(attention, hidden, cu_seqlens, position_embeddings, **_):
     """The image encoder's attention with all windows of one length in one call; same numbers.
 
     The library's own loops over windows: 448x448 pixels, three views and 32 blocks are 1,356 calls
-    instead of 32. hidden (L, D); cu_seqlens: where windows (or images, in full attention) begin and end.
+    instead of 32. hidden (L, D); cu_seqlens: where windows (or images, in full attention) begin
+    and end.
     """
     L = len(hidden)
     q, k, v = attention.qkv(hidden).view(L, 3, attention.num_heads, -1).unbind(1)  # (L, heads, d)
@@ -440,7 +471,7 @@ def attend_in_groups(attention, hidden, cu_seqlens, position_embeddings, **_):
 
 
 def embed_patches(embed, pixels):
-    """Patch embedding as the matrix product that it is: a 3-D convolution over one patch at a time is slow."""
+    """Patch embedding as the matrix product that it is: a 3-D convolution by patch is slow."""
     return F.linear(pixels.to(embed.proj.weight.dtype), embed.proj.weight.flatten(1))
 
 
@@ -456,13 +487,14 @@ class Adam:
 
     At lr 1e-5 most updates are smaller than the spacing of bf16 numbers: weights kept in bf16 alone
     would hardly move. So the model computes in its working dtype, while the optimiser keeps fp32
-    weights and moments, and rounds back after each step. An fp32 model needs no copy: its parameters
-    and gradients become views of the flat vectors. fp16 gradients underflow, so the loss is scaled up
-    before the backward pass and the gradient down after it.
+    weights and moments, and rounds back after each step. An fp32 model needs no copy: its
+    parameters and gradients become views of the flat vectors. fp16 gradients underflow, so the loss
+    is scaled up before the backward pass and the gradient down after it.
     """
 
     def __init__(self, model, dtype, lr, clip, betas=(0.9, 0.999), eps=1e-8):
-        self.parameters, self.lr, self.clip, self.betas, self.eps = list(model.parameters()), lr, clip, betas, eps
+        self.parameters, self.lr, self.clip, self.betas, self.eps = (
+            list(model.parameters()), lr, clip, betas, eps)
         self.master = torch.cat([p.detach().float().flatten() for p in self.parameters])
         self.grad, self.m, self.v = (torch.zeros_like(self.master) for _ in range(3))
         self.t = self.good = 0  # updates; updates since the loss scale last changed
@@ -478,7 +510,7 @@ class Adam:
                 p.data = w.to(dtype)
 
     def backward(self, loss):
-        """Gradient of the loss in fp32, summed over processes. Returns its norm, inf or NaN included."""
+        """The loss's fp32 gradient, summed over processes. Returns its norm, inf or NaN as well."""
         (loss * self.scale).backward()
         if not self.shared:
             for p, g in zip(self.parameters, self.grads):
@@ -491,7 +523,7 @@ class Adam:
         return float(self.grad.norm())
 
     def step(self, norm):
-        """One update, the gradient clipped to self.clip. Returns the norm of the change of the weights."""
+        """One update, gradient clipped to self.clip. Returns the norm of the weights' change."""
         self.t, self.good = self.t + 1, self.good + 1
         self.grad *= min(1.0, self.clip / (norm + 1e-12))
         (b1, b2), change = self.betas, 0.0
@@ -534,7 +566,7 @@ class Adam:
 
 
 def save_tensors(path, tensors, metadata):
-    """Write safetensors beside `path`, then rename: a kill or a full disk leaves the old file whole."""
+    """Write safetensors beside `path`, then rename: a kill or full disk spares the old file."""
     beside = path.with_name(path.name + ".tmp")
     try:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, beside, metadata)
@@ -543,8 +575,9 @@ def save_tensors(path, tensors, metadata):
         os.replace(beside, path)
     except (OSError, SafetensorError) as error:
         beside.unlink(missing_ok=True)
-        raise geometry.DataError(f"could not save {path} ({error}). What was saved before is untouched: "
-                                 "free some space and continue with --resume") from None
+        raise geometry.DataError(
+            f"could not save {path} ({error}). What was saved before is untouched: "
+            "free some space and continue with --resume") from None
 
 
 def save_checkpoint(path, optimizer, step, args):
@@ -567,8 +600,9 @@ def check_resume(state, args, names, path):
     for name in names:
         then, now = state["args"].get(name), getattr(args, name)
         if then != now:
-            raise geometry.DataError(f"{path} was made with --{name.replace('_', '-')} {then}, not {now}: "
-                                     "resume with the same, or start over in another --out")
+            raise geometry.DataError(
+                f"{path} was made with --{name.replace('_', '-')} {then}, not {now}: "
+                "resume with the same, or start over in another --out")
 
 
 def find_model(name):
@@ -576,25 +610,30 @@ def find_model(name):
     path = Path(name)
     if not path.is_dir():
         if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or path.parent.is_dir():
-            raise geometry.DataError(f"{name}: no such model directory. `python pasta.py --grid 4` makes a tiny one in "
-                                     f"{DEMO / 'model'}; the paper's is Qwen/Qwen2.5-VL-3B-Instruct")
+            raise geometry.DataError(
+                f"{name}: no such model directory. `python pasta.py --grid 4` makes a tiny one in "
+                f"{DEMO / 'model'}; the paper's is Qwen/Qwen2.5-VL-3B-Instruct")
         try:
             from huggingface_hub import snapshot_download
 
-            path = Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.jinja", "*.safetensors"]))
+            path = Path(snapshot_download(
+                name, allow_patterns=["*.json", "*.txt", "*.jinja", "*.safetensors"]))
         except Exception as error:  # the hub raises dozens of kinds: offline, gated, misspelt, ...
-            raise geometry.DataError(f"{name}: no such directory, and the hub has not given it either "
-                                     f"({str(error).strip().splitlines()[0]})") from None
+            raise geometry.DataError(
+                f"{name}: no such directory, and the hub has not given it either "
+                f"({str(error).strip().splitlines()[0]})") from None
     if not (path / "config.json").exists() or not list(path.glob("*.safetensors")):
-        raise geometry.DataError(f"{path}: a model directory holds config.json and *.safetensors, this one does not")
+        raise geometry.DataError(
+            f"{path}: a model directory holds config.json and *.safetensors, this one does not")
     return path
 
 
-VISION_KEY = re.compile(r"(?:model\.)?visual\.(.+)")  # "visual." as published, "model.visual." in newer files
+# "visual." as published, "model.visual." in newer files
+VISION_KEY = re.compile(r"(?:model\.)?visual\.(.+)")
 
 
 def load_encoder(model, device):
-    """The vision tower of a model directory in fp32, out of its safetensors shards; all else is left there."""
+    """The vision tower of a model directory in fp32, out of its shards; all else is left there."""
     config = Qwen2_5_VLConfig.from_pretrained(model)
     weights = {}
     for shard in sorted(model.glob("model*.safetensors")):
@@ -602,11 +641,13 @@ def load_encoder(model, device):
             for key in file.keys():
                 if found := VISION_KEY.fullmatch(key):
                     weights[found[1]] = file.get_tensor(key)
-    encoder = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config, dtype=torch.float32)
+    encoder = Qwen2_5_VisionTransformerPretrainedModel._from_config(
+        config.vision_config, dtype=torch.float32)
     lacking = sorted(set(encoder.state_dict()) - set(weights))
     if lacking:
-        raise geometry.DataError(f"{model}: {len(lacking)} tensors of the image encoder are not in its "
-                                 f"model*.safetensors, visual.{lacking[0]} among them")
+        raise geometry.DataError(
+            f"{model}: {len(lacking)} tensors of the image encoder are not in its "
+            f"model*.safetensors, visual.{lacking[0]} among them")
     encoder.load_state_dict(weights)
     return encoder.to(device)
 
@@ -614,8 +655,8 @@ def load_encoder(model, device):
 def save_model(model, out, encoder_weights):
     """Write model directory `model` to `out` with another vision tower and all else unchanged.
 
-    encoder_weights: name without prefix -> tensor. Shards keep their names, keys and dtypes. The files
-    are written to out/incoming first and moved when all are there, so a kill harms no model.
+    encoder_weights: name without prefix -> tensor. Shards keep their names, keys and dtypes. The
+    files are written to out/incoming first and moved when all are there, so a kill harms no model.
     """
     incoming = out / "incoming"
     shutil.rmtree(incoming, ignore_errors=True)
@@ -623,7 +664,8 @@ def save_model(model, out, encoder_weights):
     for source in sorted(model.iterdir()):
         if source.match("model*.safetensors"):
             with safe_open(source, framework="pt") as file:
-                tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+                tensors, metadata = (
+                    {key: file.get_tensor(key) for key in file.keys()}, file.metadata())
             for key, tensor in tensors.items():
                 if found := VISION_KEY.fullmatch(key):
                     tensors[key] = encoder_weights[found[1]].to(tensor.dtype)
@@ -639,14 +681,18 @@ def make_demo_model(path, data, seed):
     """Write a tiny random Qwen2.5-VL and a tokenizer trained on the texts of `data` to `path`.
 
     The real classes in a small configuration: 4 vision blocks of width 128, every other with window
-    attention; 4 language layers of width 192. Special tokens have Qwen's names. (2.6 M parameters.)
+    attention; 4 language layers of width 192. Special tokens have Qwen's names. Made once per seed.
     """
+    stamp = path / "demo.json"
+    if stamp.exists() and json.loads(stamp.read_text()) == {"seed": seed}:
+        return
     texts = []
     for sample in geometry.load_samples(data):
         texts.append(f"{sample.question}\n{sample.answer}")
         if sample.task == "view_change_infer":  # and the plan that ActoR will learn to write
             poses = [view.cam2world for view in sample.views()]
-            texts.append(json.dumps(geometry.actions_from_pose(geometry.relative_pose(*poses)), separators=(",", ":")))
+            texts.append(json.dumps(geometry.actions_from_pose(geometry.relative_pose(*poses)),
+                                    separators=(",", ":")))
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
                "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
     tokenizer = transformers.Qwen2Tokenizer().train_new_from_iterator(
@@ -654,24 +700,29 @@ def make_demo_model(path, data, seed):
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in special}
     config = Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": len(tokenizer), "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
+            "vocab_size": len(tokenizer), "hidden_size": 192, "intermediate_size": 512,
+            "num_hidden_layers": 4,
             "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 8192,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]},
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]},
             "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|endoftext|>"]},
         vision_config={
-            "depth": 4, "hidden_size": 128, "intermediate_size": 256, "num_heads": 4, "out_hidden_size": 192,
-            "window_size": 112, "fullatt_block_indexes": [1, 3],
-            "initializer_range": 0.08},  # about 1 / sqrt(width): at 0.02 so narrow a tower hardly learns
+            "depth": 4, "hidden_size": 128, "intermediate_size": 256, "num_heads": 4,
+            "out_hidden_size": 192, "window_size": 112, "fullatt_block_indexes": [1, 3],
+            # about 1 / sqrt(width): at 0.02 so narrow a tower hardly learns
+            "initializer_range": 0.08},
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=True)
     torch.manual_seed(seed)
     making = path.with_name(path.name + ".partial")
     shutil.rmtree(making, ignore_errors=True)
+    transformers.utils.logging.disable_progress_bar()
     transformers.Qwen2_5_VLForConditionalGeneration(config).save_pretrained(making)
     tokenizer.save_pretrained(making)
     Qwen2VLImageProcessorPil().save_pretrained(making)
+    (making / stamp.name).write_text(json.dumps({"seed": seed}))
     shutil.rmtree(path, ignore_errors=True)
     making.rename(path)
 
@@ -697,7 +748,7 @@ def all_sum(numbers, device):
 
 
 class Interrupt:
-    """Remembers SIGINT or SIGTERM, so that the loop can finish its step and save; a second one kills."""
+    """Remembers SIGINT or SIGTERM: the loop finishes its step and saves; a second one kills."""
 
     def __init__(self):
         self.number = 0
@@ -711,7 +762,7 @@ class Interrupt:
 
 
 class Log:
-    """log.jsonl: the arguments and versions, then a line a step; on resume, lines up to that step stay."""
+    """log.jsonl: arguments, versions, then a line a step; on resume, lines up to that step stay."""
 
     def __init__(self, path, args, resumed_at):
         self.path = path
@@ -721,7 +772,8 @@ class Log:
         kept = []
         if resumed_at is not None and path.exists():
             for line in path.read_text().splitlines()[1:]:
-                if line.endswith("}") and json.loads(line)["step"] <= resumed_at:  # a kill can cut the last line
+                # a kill can cut the last line
+                if line.endswith("}") and json.loads(line)["step"] <= resumed_at:
                     kept.append(line)
         path.write_text("\n".join([json.dumps(head), *kept]) + "\n")
 
@@ -743,14 +795,15 @@ def print_step(record, steps, left):
     """One line a step, in place on a terminal; else about 30 in all. Evaluations always stay."""
     line = f"step {record['step']}/{steps}"
     line += "".join(f"  {name} {record[key]:.{digits}f}" for name, key, digits in (
-        ("loss", "loss", 3), ("excess", "excess", 3), ("grad", "grad_norm", 2), ("update", "update_norm", 4),
-        ("pairs/s", "pairs_per_s", 1)) if key in record) + f"  left {clock(left)}"
+        ("loss", "loss", 3), ("excess", "excess", 3), ("grad", "grad_norm", 2),
+        ("update", "update_norm", 4), ("pairs/s", "pairs_per_s", 1)) if key in record
+    ) + f"  left {clock(left)}"
     if "match_accuracy" in record:
-        line += (f"\n        match accuracy {record['match_accuracy']:.1%} of held-out patches, excess "
-                 f"{record['heldout_excess']:.3f}, drift {record['drift']:.2f}")
+        line += (f"\n        match accuracy {record['match_accuracy']:.1%} of held-out patches, "
+                 f"excess {record['heldout_excess']:.3f}, drift {record['drift']:.2f}")
     live, keep = sys.stdout.isatty(), "match_accuracy" in record
     if live or keep or record["step"] % max(1, steps // 30) == 0:
-        print(line, end="\n" if keep or not live else "\r", flush=True)
+        print(line.ljust(90), end="\n" if keep or not live else "\r", flush=True)
 
 
 def clock(seconds):
@@ -759,16 +812,16 @@ def clock(seconds):
 
 def main(argv=None):
     args = parse_args(argv)
-    interrupt = Interrupt()
     rank, world, device = start_processes()
     say = partial(print, flush=True) if rank == 0 else lambda *_, **__: None
     if args.batch % world:
-        raise geometry.DataError(f"--batch {args.batch} cannot be shared by {world} processes: use --batch {world}")
+        raise geometry.DataError(
+            f"--batch {args.batch} cannot be shared by {world} processes: use --batch {world}")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "checkpoint.safetensors"
 
-    # without --data or --model: rooms and a tiny model, written once in the layouts of the real ones
+    # without --data or --model: rooms and a tiny model, written once in the layouts of real ones
     if args.demo:
         say("Demo: rendered rooms and a tiny random Qwen2.5-VL. The real run is\n"
             "  python pasta.py --grid 4 --model Qwen/Qwen2.5-VL-3B-Instruct --data /path/to/spar")
@@ -776,35 +829,44 @@ def main(argv=None):
             geometry.render_rooms(args.data, seed=args.seed)
     if args.model is None:
         args.model = str(DEMO / "model")
-        if args.demo and rank == 0 and not (DEMO / "model").exists():
+        if args.demo and rank == 0:
             make_demo_model(DEMO / "model", args.data, args.seed)
     if world > 1:
         dist.barrier()  # the others read what the first process wrote
 
     samples = geometry.load_samples(args.data, tasks=geometry.MULTI_VIEW_TASKS)
     try:
-        val, own_val = geometry.load_samples(args.data, split="val", tasks=geometry.MULTI_VIEW_TASKS), True
+        val, own_val = geometry.load_samples(
+            args.data, split="val", tasks=geometry.MULTI_VIEW_TASKS), True
     except geometry.DataError:
         val, own_val = samples, False
     frames = Frames(args, own_val)
     held_out = find_held_out(val, frames, args.heldout)
+    if not held_out:
+        raise geometry.DataError(f"{args.data}: no pair of views to hold out for evaluation; add "
+                                 "samples, or a val folder beside train")
     order = sample_order(len(samples), args.samples, args.seed)
     args.steps = args.steps or max(1, min(args.samples, len(samples)) // args.batch)
     args.eval_every = args.eval_every or max(1, args.steps // 4)
-    say(f"data    {args.data}: {len(samples):,} multi-image samples, {min(args.samples, len(samples)):,} of them drawn; "
-        f"{len(held_out)} held-out pairs " + ("from val" if own_val else "(no val split: one frame pair in ten is kept out)"))
+    say(f"data    {args.data}: {len(samples):,} multi-image samples, "
+        f"{min(args.samples, len(samples)):,} of them drawn; {len(held_out)} held-out pairs "
+        + ("from val" if own_val else "(no val split: one frame pair in ten is kept out)"))
 
     state = None
     if args.resume:
         state = read_checkpoint(checkpoint)
-        check_resume(state, args, ("model", "data", "samples", "max_pixels", "grid", "tau1", "tau2", "t", "t_rel",
-                                   "skip_empty", "batch", "lr", "clip", "seed", "precision"), checkpoint)
-    elif checkpoint.exists() and (old := read_checkpoint(checkpoint))["step"] < old["args"]["steps"]:
-        raise geometry.DataError(f"{out} holds a run stopped at step {old['step']} of {old['args']['steps']}: continue it "
-                                 f"with --resume, or remove {checkpoint} or name another --out to start over")
+        check_resume(state, args, (
+            "model", "data", "samples", "max_pixels", "grid", "tau1", "tau2", "t", "t_rel",
+            "skip_empty", "batch", "lr", "clip", "seed", "precision"), checkpoint)
+    elif checkpoint.exists() and (
+            old := read_checkpoint(checkpoint))["step"] < old["args"]["steps"]:
+        raise geometry.DataError(
+            f"{out} holds a run stopped at step {old['step']} of {old['args']['steps']}: continue "
+            f"it with --resume, or remove {checkpoint} or name another --out to start over")
     start = state["step"] if state else 0
 
-    precision = {"auto": "bf16" if device.type == "cuda" else "fp32"}.get(args.precision, args.precision)
+    precision = {"auto": "bf16" if device.type == "cuda" else "fp32"}.get(
+        args.precision, args.precision)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     model = find_model(args.model)
     encoder = speed_up(load_encoder(model, device))
@@ -813,28 +875,32 @@ def main(argv=None):
         for block in encoder.blocks:
             recompute_in_backward(block)
     size = optimizer.master.numel()
-    say(f"model   {args.model}: image encoder in {precision} on {device}, fp32 master weights; torch "
-        f"{torch.__version__}, transformers {transformers.__version__}")
+    say(f"model   {args.model}: image encoder in {precision} on {device}, fp32 master weights; "
+        f"torch {torch.__version__}, transformers {transformers.__version__}")
     if rank == 0:
         print_trainable(encoder)
-    say(f"memory  {size * (16 if optimizer.shared else 16 + 2 * dtype.itemsize) / 2**30:.2f} GiB of weights, gradients and "
-        f"moments, and the activations of {'one block' if not args.no_recompute else 'all blocks'} at a time\n"
-        f"batch   {args.batch} samples a step over {world} process(es), all their pairs; {args.steps - start:,} steps")
+    say(f"memory  {size * (16 if optimizer.shared else 16 + 2 * dtype.itemsize) / 2**30:.2f} GiB "
+        "of weights, gradients and moments, and the activations of "
+        f"{'one block' if not args.no_recompute else 'all blocks'} at a time\n"
+        f"batch   {args.batch} samples a step over {world} process(es), all their pairs; "
+        f"{args.steps - start:,} steps")
 
     with ThreadPoolExecutor(args.workers) as pool:
-        clock_start = time.monotonic()
-        if rank == 0:  # the encoder as it starts, also when resuming: what `drift` and "before" refer to
+        if rank == 0:  # the encoder as it starts, also when resuming: for `drift` and "before"
             record, features, before = evaluate(encoder, held_out, frames, pool, args, device)
-            forward = (time.monotonic() - clock_start) / (2 * len(held_out))
-            say(f"start   match accuracy {record['match_accuracy']:.1%} of held-out patches (chance {record['chance']:.1%}); "
-                f"about {clock(forward * 3 * 3 * args.batch / world * (args.steps - start))} to go")
+            views = np.mean([len(samples[order(k)].images) for k in range(50)]) * args.batch / world
+            # forward, a backward worth two, perhaps forward again
+            passes = 3 if args.no_recompute else 4
+            expect = passes * views / record["views_per_s"] * (args.steps - start)
+            say(f"start   match accuracy {record['match_accuracy']:.1%} of held-out patches "
+                f"(chance {record['chance']:.1%}); about {clock(expect)} to go")
             log = Log(out / "log.jsonl", args, start if state else None)
             if not state:
                 log.write({"step": 0, **record})
         if state:
             optimizer.load(load_file(checkpoint), state["optimizer"])
 
-        trouble, clock_start = 0, time.monotonic()
+        trouble, interrupt, clock_start = 0, Interrupt(), time.monotonic()
         tick = clock_start
         batches = prepared_ahead(pool, frames, samples, order, args, start, rank, world)
         for step, batch in enumerate(batches, start + 1):
@@ -842,7 +908,8 @@ def main(argv=None):
             for _, its_frames, its_pairs in batch:
                 pairs += [(x + len(ready), y + len(ready), S.to(device)) for x, y, S in its_pairs]
                 ready += its_frames
-            # |P| counts the pairs of all processes, so that their gradients add up to one process' with all
+            # |P| counts the pairs of all processes, so that their gradients add up to those of one
+            # process with all
             count, stop = all_sum([len(pairs), interrupt.number], device)
             if pairs:
                 e = encode(encoder, ready, args.grid, device)
@@ -853,25 +920,31 @@ def main(argv=None):
             grad_norm = optimizer.backward(loss)
             loss, excess = all_sum([loss.item(), excess.item()], device)
 
-            record = {"step": step, "loss": loss, "excess": excess, "grad_norm": grad_norm, "update_norm": 0.0}
+            record = {"step": step, "loss": loss, "excess": excess, "grad_norm": grad_norm,
+                      "update_norm": 0.0}
             if count and math.isfinite(loss + grad_norm):
                 record["update_norm"], trouble = optimizer.step(grad_norm), 0
             else:
                 names = ", ".join(name for name, *_ in batch)
-                why = f"loss {loss}, gradient norm {grad_norm}" if count else "no readable pair of views"
+                why = (f"loss {loss}, gradient norm {grad_norm}" if count
+                       else "no readable pair of views")
                 say(f"step {step} left out: {why} ({names})")
                 record = {"step": step, "skipped": f"{why} ({names})"}
                 trouble = trouble if optimizer.skip() or not count else trouble + 1
                 if trouble == 5:
-                    raise geometry.DataError(f"five steps in a row were not finite, the last being step {step}: lower --lr, or look "
-                                             f"at the samples named above. What was saved before is in {out}")
+                    raise geometry.DataError(
+                        f"five steps in a row were not finite, the last being step {step}: lower "
+                        "--lr, or look at the samples named above. What was saved before is in "
+                        f"{out}")
             now = time.monotonic()
-            record["pairs_per_s"], left = count / (now - tick), (now - clock_start) / (step - start) * (args.steps - step)
+            record["pairs_per_s"], left = (
+                count / (now - tick), (now - clock_start) / (step - start) * (args.steps - step))
 
             look = step == args.steps or step % args.eval_every == 0
             if rank == 0:
                 if look and not stop:
-                    progress, _, after = evaluate(encoder, held_out, frames, pool, args, device, features)
+                    progress, _, after = evaluate(
+                        encoder, held_out, frames, pool, args, device, features)
                     draw_matches(out / "matches.png", before, after, args.grid)
                     record.update(progress)
                 log.write(record)
@@ -879,7 +952,8 @@ def main(argv=None):
                 if look or stop:
                     save_checkpoint(checkpoint, optimizer, step, args)
             if stop:
-                say(f"stopped after step {step}, saved in {out}; the same command with --resume goes on from here")
+                say(f"stopped after step {step}, saved in {out}; "
+                    "the same command with --resume goes on from here")
                 sys.exit(128 + (interrupt.number or signal.SIGTERM))
             tick = time.monotonic()
 
@@ -898,3 +972,5 @@ if __name__ == "__main__":
         main()
     except geometry.DataError as error:
         sys.exit(f"pasta.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("pasta.py: interrupted before training began; nothing to save")

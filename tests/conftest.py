@@ -1,4 +1,4 @@
-"""Shared by the tests: where the scripts are, rooms and a tiny model made once, real frames if there."""
+"""Shared by the tests: rooms and a tiny model, made once; real frames, if they are there."""
 
 import sys
 from pathlib import Path

@@ -24,10 +24,12 @@ import pasta
 def run(root, cwd, *flags, processes=1, **popen):
     """The command line, as a user types it. Returns the finished process."""
     start = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29417"]
+        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+        "--master_port=29417"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([*start, str(root / "pasta.py"), *map(str, flags)], cwd=cwd, env=env, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300, **popen)
+    return subprocess.run([*start, str(root / "pasta.py"), *map(str, flags)], cwd=cwd, env=env,
+                          text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
+                          **popen)
 
 
 def records(out):
@@ -38,7 +40,8 @@ def records(out):
 
 @pytest.fixture(scope="module")
 def flags(rooms, tiny_model):
-    return ["--data", rooms, "--model", tiny_model, "--grid", 4, "--heldout", 4, "--lr", 1e-3, "--eval-every", 2]
+    return ["--data", rooms, "--model", tiny_model, "--grid", 4, "--heldout", 4, "--lr", 1e-3,
+            "--eval-every", 2]
 
 
 # --- the method
@@ -53,7 +56,8 @@ def naive_loss(S, e_x, e_y, tau1, tau2):
         cos = []
         for j in range(P):
             dot = sum(float(a) * float(b) for a, b in zip(e_x[i], e_y[j]))
-            cos.append(dot / math.sqrt(sum(float(a) ** 2 for a in e_x[i]) * sum(float(b) ** 2 for b in e_y[j])))
+            cos.append(dot / math.sqrt(sum(float(a) ** 2 for a in e_x[i])
+                                       * sum(float(b) ** 2 for b in e_y[j])))
         w = [math.exp(c / tau2) for c in cos]
         for j in range(P):
             p = z[j] / sum(z)
@@ -66,7 +70,8 @@ def test_loss_against_naive_loop():
     g = torch.Generator().manual_seed(0)
     args = pasta.parse_args([])
     e = [torch.randn(9, 5, generator=g, dtype=torch.float64) for _ in range(3)]
-    S = [torch.rand(9, 9, generator=g, dtype=torch.float64) * (torch.rand(9, 9, generator=g) < 0.3) for _ in range(2)]
+    S = [torch.rand(9, 9, generator=g, dtype=torch.float64) * (torch.rand(9, 9, generator=g) < 0.3)
+         for _ in range(2)]
     S[0][2] = 0
     pairs = [(0, 1, S[0]), (0, 2, S[1])]
     loss, excess = pasta.alignment_loss(e, pairs, len(pairs), args)
@@ -106,8 +111,9 @@ def test_rows_without_overlap():
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 16])
 @pytest.mark.parametrize("h, w", [(8, 8), (13, 19), (5, 3)])
 def test_cells_have_the_edges_of_the_geometry(n, h, w):
-    """Each token is cut into 240 x 240 dots; a cell's feature is the mean over the dots within its edges."""
-    tokens = torch.randn(h, w, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float()
+    """Each token is cut into 240 x 240 dots; a cell's feature is the mean of the dots within."""
+    tokens = torch.randn(
+        h, w, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float()
     k = 240
     wanted = np.zeros((n * n, 3))
     rows = (np.arange(h * k) + 0.5) / (h * k) * n
@@ -125,7 +131,8 @@ def test_match_accuracy_by_hand():
     e = torch.eye(3)
     S = torch.tensor([[0.9, 0.0, 0.0], [0.2, 0.0, 0.1], [0.0, 0.0, 0.0]])
     guess, similarity, gold, overlaps = pasta.matches(S, e, e)
-    assert guess.tolist() == [0, 1, 2] and gold.tolist()[:2] == [0, 0] and overlaps.tolist() == [True, True, False]
+    assert (guess.tolist() == [0, 1, 2] and gold.tolist()[:2] == [0, 0]
+            and overlaps.tolist() == [True, True, False])
 
 
 # --- the encoder
@@ -135,13 +142,13 @@ def frames_of(args, *sizes, seed=0):
     """Prepared frames of random pictures of the given (W, H)."""
     rng = np.random.default_rng(seed)
     prepare = pasta.Frames(args, True)
-    views = [geometry.View(rng.integers(0, 255, (H, W, 3), dtype=np.uint8), np.ones((H, W), np.float32), np.eye(3),
-                           np.eye(4)) for W, H in sizes]
+    views = [geometry.View(rng.integers(0, 255, (H, W, 3), dtype=np.uint8),
+                           np.ones((H, W), np.float32), np.eye(3), np.eye(4)) for W, H in sizes]
     return [prepare.patches(view) for view in views]
 
 
 def test_raster_order_in_an_image_wider_than_one_window(tiny_model):
-    """A bright square moves over a 336x224 image: the token that changes most is where the square is.
+    """A bright square moves over a 336x224 image: the token that changes most is where it is.
 
     Attention is cut off (its output projection zeroed), so each token sees its own pixels only. The
     merged tokens are 8 x 12, the windows 4 x 4: in window order the places would come out permuted.
@@ -157,7 +164,8 @@ def test_raster_order_in_an_image_wider_than_one_window(tiny_model):
         view = geometry.View(image, np.ones((224, 336), np.float32), np.eye(3), np.eye(4))
         frame = prepare.patches(view)
         with torch.no_grad():
-            return encoder(frame["patches"], grid_thw=torch.tensor([(1, *frame["grid"])])).pooler_output
+            return encoder(
+                frame["patches"], grid_thw=torch.tensor([(1, *frame["grid"])])).pooler_output
 
     grey = np.full((224, 336, 3), 90, np.uint8)
     base = tokens(grey)
@@ -168,7 +176,9 @@ def test_raster_order_in_an_image_wider_than_one_window(tiny_model):
     # and through the cells: a 2 x 3 block of tokens makes one cell of a 4 x 4 grid
     image = grey.copy()
     image[2 * 56:3 * 56, 3 * 84:4 * 84] = 250
-    frames = [prepare.patches(geometry.View(i, np.ones((224, 336), np.float32), np.eye(3), np.eye(4))) for i in (grey, image)]
+    frames = [
+        prepare.patches(geometry.View(i, np.ones((224, 336), np.float32), np.eye(3), np.eye(4)))
+        for i in (grey, image)]
     with torch.no_grad():
         a, b = pasta.encode(encoder, frames, 4, "cpu")
     assert int((a - b).norm(dim=-1).argmax()) == 2 * 4 + 3
@@ -181,13 +191,14 @@ def test_images_of_different_size_in_both_orders(tiny_model):
     assert a["grid"] == (16, 16) and b["grid"] == (26, 38)
     with torch.no_grad():
         alone = [pasta.encode(encoder, [f], 5, "cpu")[0] for f in (a, b)]
-        forth, back = pasta.encode(encoder, [a, b], 5, "cpu"), pasta.encode(encoder, [b, a], 5, "cpu")
+        forth, back = (pasta.encode(encoder, [a, b], 5, "cpu"),
+                       pasta.encode(encoder, [b, a], 5, "cpu"))
     for one, x, y in zip(alone, forth, back[::-1]):
         assert torch.allclose(one, x, atol=1e-5) and torch.allclose(one, y, atol=1e-5)
 
 
 def test_faster_encoder_and_recomputing_change_no_number(tiny_model):
-    """Grouped windows, patches by matrix product, recomputed blocks: features and gradients as the library's."""
+    """Grouped windows, patch product, recomputing: the library's features and gradients."""
     args = pasta.parse_args([])
     frames = frames_of(args, (224, 224), (252, 364), (224, 224))
     S = torch.rand(16, 16, generator=torch.Generator().manual_seed(0))
@@ -253,7 +264,8 @@ def test_gradient_reaches_the_whole_encoder_and_learning_lowers_the_loss(tiny_mo
 
 def small(dtype=torch.float32):
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)).to(dtype)
+    return torch.nn.Sequential(
+        torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)).to(dtype)
 
 
 def test_adam_equals_the_library():
@@ -297,7 +309,7 @@ def test_master_weights_move_where_working_weights_cannot(dtype):
 
 
 def test_fp16_loss_scale():
-    """Gradients that fp16 cannot hold survive by the scale; an overflow halves it and changes no weight."""
+    """Gradients that fp16 cannot hold survive by the scale; overflow halves it, moves no weight."""
     model = small()
     optimizer = pasta.Adam(model, torch.float16, 1e-3, 1.0)
     x = torch.ones(4, 6, dtype=torch.float16)
@@ -322,12 +334,14 @@ def test_training_in_16_bits(root, tmp_path, flags, precision):
 
 
 def test_demo_model_is_an_ordinary_directory(tiny_model):
-    model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_model, output_loading_info=True)
+    model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        tiny_model, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     text = "How far is the red ball (red point) from the blue pillar?"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    for name, number in (("<|image_pad|>", model.config.image_token_id), ("<|video_pad|>", model.config.video_token_id),
+    for name, number in (("<|image_pad|>", model.config.image_token_id),
+                         ("<|video_pad|>", model.config.video_token_id),
                          ("<|vision_start|>", model.config.vision_start_token_id),
                          ("<|im_end|>", model.config.get_text_config().eos_token_id)):
         assert tokenizer(name)["input_ids"] == [number]
@@ -336,7 +350,7 @@ def test_demo_model_is_an_ordinary_directory(tiny_model):
 
 
 def shard_like_published(model, path):
-    """The model as Qwen publishes it: keys "visual.*", "model.*", "lm_head.*", in three bf16 shards."""
+    """The model as Qwen publishes it: keys "visual.*", "model.*", "lm_head.*"; three bf16 files."""
     path.mkdir()
     tensors = {}
     for key, tensor in load_file(model / "model.safetensors").items():
@@ -348,7 +362,8 @@ def shard_like_published(model, path):
         name = f"model-{k + 1:05}-of-00003.safetensors"
         save_file(part, path / name, {"format": "pt"})
         index |= dict.fromkeys(part, name)
-    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (path / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index}))
     for file in model.iterdir():
         if file.suffix != ".safetensors":
             (path / file.name).write_bytes(file.read_bytes())
@@ -358,7 +373,8 @@ def shard_like_published(model, path):
 def test_published_keys_and_shards(root, tmp_path, tiny_model, flags):
     """Only the vision tower is read and changed; all else passes through, and the result loads."""
     before = shard_like_published(tiny_model, tmp_path / "published")
-    done = run(root, tmp_path, *flags, "--model", tmp_path / "published", "--steps", 2, "--out", "out")
+    done = run(root, tmp_path, *flags, "--model", tmp_path / "published", "--steps", 2,
+               "--out", "out")
     assert done.returncode == 0, done.stdout
     after = {}
     for k in range(3):
@@ -369,7 +385,8 @@ def test_published_keys_and_shards(root, tmp_path, tiny_model, flags):
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed and all(key.startswith("visual.") for key in changed)
     assert all(after[key].dtype == torch.bfloat16 for key in after)
-    model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     weight = dict(model.named_parameters())["model.visual.blocks.0.attn.qkv.weight"]
     assert torch.equal(weight, after["visual.blocks.0.attn.qkv.weight"])
@@ -409,13 +426,15 @@ def test_resume_is_exact(root, four_steps, flags, tmp_path):
         a, b = load_file(whole / name), load_file(tmp_path / "half" / name)
         assert set(a) == set(b) and all(torch.equal(a[key], b[key]) for key in a)
     for a, b in zip(records(whole), records(tmp_path / "half"), strict=True):
-        assert {k: v for k, v in a.items() if k != "pairs_per_s"} == {k: v for k, v in b.items() if k != "pairs_per_s"}
+        assert {k: v for k, v in a.items() if k != "pairs_per_s"} == {
+            k: v for k, v in b.items() if k != "pairs_per_s"}
 
 
 def test_two_processes_equal_one(root, flags, tmp_path):
     """The same two samples a step, on one process or on two; their pair counts differ."""
     for out, processes in (("one", 1), ("two", 2)):
-        done = run(root, tmp_path, *flags, "--steps", 2, "--batch", 2, "--out", out, processes=processes)
+        done = run(root, tmp_path, *flags, "--steps", 2, "--batch", 2, "--out", out,
+                   processes=processes)
         assert done.returncode == 0, done.stdout
     for a, b in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
         for key in ("loss", "excess", "grad_norm", "match_accuracy"):
@@ -423,18 +442,21 @@ def test_two_processes_equal_one(root, flags, tmp_path):
                 assert abs(a[key] - b[key]) < 1e-4 * max(1, abs(a[key]))
     a, b = (load_file(tmp_path / out / "model.safetensors") for out in ("one", "two"))
     moved = max(float((a[key] - b[key]).abs().max()) for key in a)
-    assert moved < 2e-4  # a step is 1e-3; Adam's first one is lr * sign, whatever the gradient's size
+    # a step is 1e-3; Adam's first one is lr * sign, whatever the gradient's size
+    assert moved < 2e-4
 
 
 def test_a_batch_that_cannot_be_shared(root, flags, tmp_path):
     done = run(root, tmp_path, *flags, "--steps", 2, "--out", "out", processes=2)
-    assert done.returncode and "--batch 1 cannot be shared by 2 processes: use --batch 2" in done.stdout
+    assert done.returncode and (
+        "--batch 1 cannot be shared by 2 processes: use --batch 2" in done.stdout)
 
 
 def test_signal_saves_and_resume_goes_on(root, flags, tmp_path):
-    command = [sys.executable, str(root / "pasta.py"), *map(str, flags), "--steps", "5000", "--eval-every", "5000",
-               "--out", "out"]
-    process = subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = [sys.executable, str(root / "pasta.py"), *map(str, flags), "--steps", "5000",
+               "--eval-every", "5000", "--out", "out"]
+    process = subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
     log = tmp_path / "out" / "log.jsonl"
     deadline = time.time() + 120
     while time.time() < deadline and not (log.exists() and log.read_text().count("\n") > 4):
@@ -447,7 +469,8 @@ def test_signal_saves_and_resume_goes_on(root, flags, tmp_path):
     # started again without --resume, it does not throw the unfinished run away
     done = run(root, tmp_path, *flags, "--steps", 5000, "--eval-every", 5000, "--out", "out")
     assert done.returncode == 1 and f"holds a run stopped at step {step} of 5000" in done.stdout
-    done = run(root, tmp_path, *flags, "--steps", step + 1, "--eval-every", 5000, "--out", "out", "--resume")
+    done = run(root, tmp_path, *flags, "--steps", step + 1, "--eval-every", 5000, "--out", "out",
+               "--resume")
     assert done.returncode == 0 and records(tmp_path / "out")[-1]["step"] == step + 1
 
 
@@ -459,13 +482,16 @@ import sys, torch; sys.path.insert(0, sys.argv[2])
 import pasta
 from pathlib import Path
 for step in range(10_000):
-    pasta.save_tensors(Path(sys.argv[1]), {"master": torch.full((2_000_000,), float(step))}, {"state": '{"step": %d}' % step})
+    pasta.save_tensors(Path(sys.argv[1]), {"master": torch.full((2_000_000,), float(step))},
+                       {"state": '{"step": %d}' % step})
     print(step, flush=True)
 """
     rng = np.random.default_rng(0)
     for _ in range(4):
-        process = subprocess.Popen([sys.executable, "-c", code, str(checkpoint), str(four_steps[0].parent.parent)],
-                                   stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.path.dirname(pasta.__file__)})
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(checkpoint), str(four_steps[0].parent.parent)],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.path.dirname(pasta.__file__)})
         process.stdout.readline()
         time.sleep(rng.uniform(0, 0.2))
         process.kill()
@@ -495,14 +521,15 @@ def test_unreadable_frames_are_named_skipped_and_counted(root, flags, tmp_path, 
     shutil.copytree(rooms, tmp_path / "data")
     broken = sorted((tmp_path / "data").glob("rooms/images/*/image_color/0.jpg"))[0]
     broken.write_bytes(broken.read_bytes()[:500])
-    done = run(root, tmp_path, *flags, "--data", "data", "--steps", 25, "--eval-every", 25, "--out", "out")
+    done = run(root, tmp_path, *flags, "--data", "data", "--steps", 25, "--eval-every", 25,
+               "--out", "out")
     assert done.returncode == 0, done.stdout
     assert done.stdout.count(f"skipped data/{broken.relative_to(tmp_path / 'data')}") == 1
     assert "skipped 1 frames or records" in done.stdout
 
 
 def test_non_finite_steps_are_left_out_and_end_the_run(root, flags, tmp_path, tiny_model):
-    """A NaN in the weights makes every step NaN: each is named, none changes a weight, five end it."""
+    """A NaN weight makes every step NaN: each is named, none changes a weight, five end it."""
     import shutil
 
     shutil.copytree(tiny_model, tmp_path / "model")
@@ -517,7 +544,8 @@ def test_non_finite_steps_are_left_out_and_end_the_run(root, flags, tmp_path, ti
 
 @pytest.mark.parametrize("change, message", [
     (["--data", "nowhere"], "pasta.py: nowhere: no such directory"),
-    (["--model", "nowhere"], "nowhere: no such model directory. `python pasta.py --grid 4` makes a tiny one"),
+    (["--model", "nowhere"],
+     "nowhere: no such model directory. `python pasta.py --grid 4` makes a tiny one"),
     (["--grid", "300"], "--grid 300"),
     (["--resume"], "out/checkpoint.safetensors: cannot be read as a checkpoint"),
     (["--grid", "0"], "--grid must be 1 or more, got 0"),
@@ -537,14 +565,16 @@ def test_without_val_some_pairs_are_held_out(shared):
     """No pair of frames is both trained on and evaluated on, whichever samples it occurs in."""
     samples = geometry.load_samples(shared / "spar", tasks=geometry.MULTI_VIEW_TASKS)
     frames = pasta.Frames(pasta.parse_args([]), own_val=False)
-    held = {frozenset(s.images[k] for k in pair) for s, pair in pasta.find_held_out(samples, frames, 64)}
+    held = {frozenset(s.images[k] for k in pair)
+            for s, pair in pasta.find_held_out(samples, frames, 64)}
     trained = {frozenset(s.images[k] for k in pair) for s in samples for pair in pasta.all_pairs(s)
                if not frames.held_out(s, pair)}
     assert held and trained and not held & trained
 
 
 def test_real_frames(root, shared, tiny_model, tmp_path):
-    done = run(root, tmp_path, "--grid", 4, "--data", shared / "spar", "--model", tiny_model, "--steps", 3, "--out", "out")
+    done = run(root, tmp_path, "--grid", 4, "--data", shared / "spar", "--model", tiny_model,
+               "--steps", 3, "--out", "out")
     assert done.returncode == 0, done.stdout
     assert Image.open(tmp_path / "out/matches.png").size[0] > 800
 
@@ -552,7 +582,8 @@ def test_real_frames(root, shared, tiny_model, tmp_path):
 def test_sample_order_is_a_function_of_seed_and_position():
     order = pasta.sample_order(100, 30, seed=5)
     first = [order(k) for k in range(90)]
-    assert len(set(first[:30])) == 30 and set(first[:30]) == set(first[30:60]) and first[:30] != first[30:60]
+    assert (len(set(first[:30])) == 30 and set(first[:30]) == set(first[30:60])
+            and first[:30] != first[30:60])
     again = pasta.sample_order(100, 30, seed=5)
     assert [again(k) for k in (77, 3, 59, 0)] == [first[k] for k in (77, 3, 59, 0)]
     assert [pasta.sample_order(100, 30, seed=6)(k) for k in range(30)] != first[:30]

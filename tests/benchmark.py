@@ -1,0 +1,272 @@
+"""Speed and memory, as ratios within one run: python tests/benchmark.py pasta|index
+
+    pasta   Eq. 1 against a warp of every pixel; a training step against the bare encoder; memory;
+            on a CUDA GPU also Qwen2.5-VL-3B's vision tower at its real size
+    index   a million lines of annotations
+
+Medians of interleaved repetitions. Nothing here is a test: machines differ, ratios less so.
+"""
+
+import argparse
+import itertools
+import json
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import Qwen2_5_VLConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VisionTransformerPretrainedModel)
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import geometry  # noqa: E402
+import pasta  # noqa: E402
+
+TINY = {"depth": 4, "hidden_size": 128, "intermediate_size": 256, "num_heads": 4,
+        "out_hidden_size": 192, "window_size": 112, "fullatt_block_indexes": [1, 3]}
+MIDDLE = {"depth": 8, "hidden_size": 320, "intermediate_size": 856, "num_heads": 5,
+          "out_hidden_size": 512, "window_size": 112, "fullatt_block_indexes": [3, 7]}
+REAL = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+        "out_hidden_size": 2048, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}
+
+
+def interleaved(functions, repeat, calls=1):
+    """Median seconds of each function; in turn, `calls` times in a row each."""
+    times = [[] for _ in functions]
+    for _ in range(repeat + 1):
+        for function, taken in zip(functions, times):
+            start = time.perf_counter()
+            for _ in range(calls):
+                function()
+            taken.append((time.perf_counter() - start) / calls)
+    return [float(np.median(taken[1:])) for taken in times]  # the first round warms up
+
+
+# ------------------------------------------------------------------------------------ Eq. 1
+
+
+def rendered_pair(width=640, height=480):
+    rng = np.random.default_rng(0)
+    room = geometry.make_room(rng)
+    _, poses = geometry._pick_cameras(room, rng, 64)
+    K = np.array([[500.0, 0, 319.5], [0, 500.0, 239.5], [0, 0, 1]])
+    return [geometry.View(np.zeros((height, width, 3), np.uint8),
+                          geometry.cast(room, K, pose, width, height)[0].astype(np.float32),
+                          K, pose)
+            for pose in poses[:2]]
+
+
+def warp_every_pixel(x, y, n, t=0.05, t_rel=0.05):
+    """Directional overlap by a warp in the manner of LoFTR's ground truth: a list of pixel positions,
+    here all of them, is lifted by the depth at each, moved to y's camera, projected, and kept where it
+    falls inside y and agrees with y's depth at the nearest pixel. Batched torch, float32."""
+    depth_x, depth_y = torch.from_numpy(x.depth)[None], torch.from_numpy(y.depth)[None]
+    K_x, K_y = torch.from_numpy(x.K).float()[None], torch.from_numpy(y.K).float()[None]
+    T = torch.from_numpy(np.linalg.inv(y.cam2world) @ x.cam2world).float()[None]
+    (H, W), (H_y, W_y) = x.depth.shape, y.depth.shape
+    v, u = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
+    points = torch.stack([u, v], -1).reshape(1, -1, 2)  # (1, L, 2)
+    d = depth_x[0, points[0, :, 1], points[0, :, 0]][None]  # (1, L)
+    lifted = torch.cat([points, torch.ones_like(points[..., :1])], -1) * d[..., None]
+    moved = T[:, :3, :3] @ (K_x.inverse() @ lifted.transpose(2, 1)) + T[:, :3, 3:]  # (1, 3, L)
+    z = moved[:, 2]
+    projected = (K_y @ moved).transpose(2, 1)
+    uv = projected[..., :2] / (projected[..., 2:] + 1e-4)
+    inside = ((uv > -0.5).all(-1) & (uv[..., 0] < W_y - 0.5) & (uv[..., 1] < H_y - 0.5) & (z > 0))
+    nearest = uv.round().long()
+    nearest[~inside] = 0
+    at = depth_y[0, nearest[0, :, 1], nearest[0, :, 0]][None]
+    agrees = (z - at).abs() < torch.maximum(torch.tensor(t), t_rel * z)
+    seen = ((d != 0) & inside & (at != 0) & agrees)[0]
+    P = n * n
+    i = (points[0, :, 1] * n // H) * n + points[0, :, 0] * n // W
+    j = ((uv[0, :, 1] + 0.5) * n / H_y).long() * n + ((uv[0, :, 0] + 0.5) * n / W_y).long()
+    hits = torch.bincount(i[seen] * P + j[seen], minlength=P * P).view(P, P)
+    return (hits / torch.bincount(i[d[0] != 0], minlength=P).clamp(min=1)[:, None]).numpy()
+
+
+def overlap():
+    x, y = rendered_pair()
+
+    def dense():
+        return (warp_every_pixel(x, y, 4) + warp_every_pixel(y, x, 4).T) / 2
+
+    error = np.abs(geometry.correspondence(x, y, 4) - dense()).max()
+    threads = torch.get_num_threads()
+    for number in (1, threads):
+        torch.set_num_threads(number)
+        slow, ours = interleaved([dense, lambda: geometry.correspondence(x, y, 4)], 10, calls=5)
+        print(f"overlap of a 640x480 pair: warp of every pixel in torch, {number} thread(s), "
+              f"{slow * 1e3:.1f} ms, correspondence {ours * 1e3:.1f} ms: {slow / ours:.1f}x")
+    print(f"  max |dS| between the two {error:.4f}")
+
+
+# ----------------------------------------------------------------------------- training step
+
+
+def make_encoder(config, device="cpu"):
+    torch.manual_seed(0)
+    config = Qwen2_5_VLConfig(vision_config=config).vision_config
+    with torch.device(device):
+        return Qwen2_5_VisionTransformerPretrainedModel._from_config(config, dtype=torch.float32)
+
+
+def training_step(name, config, size, steps, rounds=5):
+    """Steps of pasta's own loop, reading and overlaps included, against forward and backward alone
+    of the same encoder on the same pixels, and of the library's untouched one."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = geometry.render_rooms(Path(folder) / "data", rooms=24, size=size)
+        samples = geometry.load_samples(data, tasks=("depth_prediction_oc_mv",))
+        args = pasta.parse_args(["--data", str(data), "--steps", str(steps)])
+        frames = pasta.Frames(args, own_val=True)
+        order = pasta.sample_order(len(samples), len(samples), 0)
+        library, encoder = make_encoder(config), pasta.speed_up(make_encoder(config))
+        optimizer = pasta.Adam(encoder, torch.float32, 1e-5, 1.0)
+        stored = [pasta._prepare(frames, samples, order(k))[1] for k in range(steps)]
+        times = {"pasta": [], "bare": [], "library": []}
+
+        def forward_backward(tower):
+            for ready in stored:
+                pixels = torch.cat([frame["patches"] for frame in ready])
+                grid = torch.tensor([(1, *frame["grid"]) for frame in ready])
+                tower(pixels, grid_thw=grid).pooler_output.sum().backward()
+
+        def train():
+            with ThreadPoolExecutor(args.workers) as pool:
+                for batch in pasta.prepared_ahead(pool, frames, samples, order, args, 0, 0, 1):
+                    _, ready, pairs = batch[0]
+                    e = pasta.encode(encoder, ready, args.grid, "cpu")
+                    loss, _ = pasta.alignment_loss(e, pairs, len(pairs), args)
+                    optimizer.step(optimizer.backward(loss))
+
+        names = ("pasta", "bare", "library")
+        functions = (train, lambda: forward_backward(encoder), lambda: forward_backward(library))
+        times = dict(zip(names, interleaved(functions, rounds)))
+    per = {key: value / steps for key, value in times.items()}
+    print(f"training step, {name} tower, three {size}x{size} views: {per['pasta'] * 1e3:.0f} ms, "
+          f"with images and overlaps; bare forward and backward {per['bare'] * 1e3:.0f} ms: "
+          f"{per['pasta'] / per['bare']:.2f}x; the library's tower as it comes "
+          f"{per['library'] * 1e3:.0f} ms: {per['pasta'] / per['library']:.2f}x")
+
+
+def peak_rss():
+    """Peak resident memory of this process in MB; on Linux without what it was forked from."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def peak_memory(recompute):
+    """Peak resident memory of forward and backward on three 448x448 views, over that before."""
+    encoder = pasta.speed_up(make_encoder(MIDDLE))
+    if recompute:
+        for block in encoder.blocks:
+            pasta.recompute_in_backward(block)
+    pasta.Adam(encoder, torch.float32, 1e-5, 1.0)
+    pixels, grid = torch.randn(3 * 1024, 1176), torch.tensor([[1, 32, 32]] * 3)
+    before = peak_rss()
+    encoder(pixels, grid_thw=grid).pooler_output.sum().backward()
+    print(peak_rss() - before)
+
+
+def memory():
+    kept, recomputed = (float(subprocess.run(
+        [sys.executable, __file__, "peak-memory", *flag], capture_output=True, text=True,
+        check=True).stdout) for flag in ([], ["--recompute"]))
+    print(f"peak memory of a step, middle tower, three 448x448 views: {kept:.0f} MB of activations "
+          f"kept, {recomputed:.0f} MB recomputed: {kept / recomputed:.1f}x")
+
+
+def real_size():
+    """Qwen2.5-VL-3B's vision tower, random weights, bf16 with fp32 master weights, recomputing."""
+    if not torch.cuda.is_available():
+        print("the real size: not measured, no CUDA GPU here")
+        return
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    (matmul,) = interleaved([lambda: ((a @ b), torch.cuda.synchronize())], 20)
+    rate = 2 * 8192**3 / matmul
+    del a, b
+    args = pasta.parse_args(["--grid", "4", "--data", "-"])
+    S = torch.rand(16, 16, device="cuda")
+    pairs = [(x, y, S) for x, y in itertools.combinations(range(3), 2)]
+    ready = [{"patches": torch.randn(1024, 1176).pin_memory(), "grid": (32, 32)}] * 3
+    for recompute in (True, False):
+        encoder = pasta.speed_up(make_encoder(REAL, "cuda"))
+        optimizer = pasta.Adam(encoder, torch.bfloat16, 1e-5, 1.0)
+        for block in encoder.blocks if recompute else ():
+            pasta.recompute_in_backward(block)
+        torch.cuda.reset_peak_memory_stats()
+
+        def step():
+            e = pasta.encode(encoder, ready, args.grid, "cuda")
+            loss, _ = pasta.alignment_loss(e, pairs, len(pairs), args)
+            optimizer.step(optimizer.backward(loss))
+            torch.cuda.synchronize()
+
+        (seconds,) = interleaved([step], 20)
+        weights = sum(p.numel() for name, p in encoder.named_parameters() if "merger" not in name)
+        merger = sum(p.numel() for p in encoder.merger.parameters())
+        # query . key and weights . value; recomputing is not counted
+        attention = 3 * 1280 * (28 * 1024 * 64 + 4 * 1024 * 1024) * 4
+        useful = 3 * (2 * 3 * 1024 * (weights + merger / 4) + attention)
+        print(f"the real size, three 448x448 views, {'recomputing' if recompute else 'keeping'} "
+              f"activations: {1 / seconds:.2f} steps/s, peak "
+              f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, "
+              f"{useful / seconds / rate:.0%} of the {rate / 1e12:.0f} TFLOP/s "
+              "that a bf16 matrix product of 8192 reaches here")
+        del encoder, optimizer
+        torch.cuda.empty_cache()
+
+
+# ------------------------------------------------------------------------------------- index
+
+
+def index(lines):
+    """Index synthetic annotations of SPAR's size; the samples themselves are parsed on demand."""
+    with tempfile.TemporaryDirectory() as folder:
+        names = [f"scene0000_00/image_color/{k}.jpg" for k in (12, 345, 6789)]
+        line = json.dumps({
+            "id": "scene0000_00_16", "type": "depth_prediction_oc_mv", "image": names,
+            "depth": [name.replace("color", "depth") for name in names], "red_point": [[500, 500]],
+            "conversations": [{"from": "human", "value": "How deep? " * 25},
+                              {"from": "gpt", "value": "1.5"}]}) + "\n"
+        qa = Path(folder) / "scannet/qa_jsonl/train/depth_prediction_oc_mv/fill"
+        qa.mkdir(parents=True)
+        for k in range(4):
+            (qa / f"fill_{k}.jsonl").write_text(line * (lines // 4))
+        code = ("import sys, time; sys.path.insert(0, sys.argv[1]); import geometry, re\n"
+                "start = time.perf_counter(); samples = geometry.load_samples(sys.argv[2])\n"
+                "seconds = time.perf_counter() - start; samples[len(samples) - 1]\n"
+                "peak = int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+                "print(len(samples), seconds, peak / 1024)")
+        here = str(Path(__file__).resolve().parent.parent)
+        out = subprocess.run([sys.executable, "-c", code, here, folder], capture_output=True,
+                             text=True, check=True).stdout.split()
+        print(f"index: {int(out[0]):,} lines of {len(line)} bytes in {float(out[1]):.2f} s, "
+              f"peak memory of the process {float(out[2]):.0f} MB")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("pasta", "index", "peak-memory"))
+    parser.add_argument("--recompute", action="store_true", help="of peak-memory")
+    chosen = parser.parse_args()
+    if chosen.what == "index":
+        index(1_000_000)
+    elif chosen.what == "peak-memory":
+        peak_memory(chosen.recompute)
+    else:
+        overlap()
+        training_step("tiny", TINY, 224, steps=20)
+        training_step("middle", MIDDLE, 448, steps=4)
+        memory()
+        real_size()
