@@ -319,16 +319,21 @@ class Sample:
         if abs(W / H * H_i / W_i - 1) > 0.03:
             raise DataError(f"{depth_path}: {W}x{H} pixels and the image's {W_i}x{H_i} "
                             "differ in shape")
-        scene, folder = image_path.parent.parent, image_path.parent.name
-        pose_path = scene / (folder.replace("image_color", "pose")
-                             .replace("video_color", "video_pose"))
-        cam2world = _read_matrix(pose_path / f"{image_path.stem}.txt", rows=(4,))
-        if self.source == "structured3d":
-            cam2world[:3, 3] /= 1000  # the one source whose poses are in millimetres
+        scene = image_path.parent.parent
         per_frame = scene / "intrinsic" / f"{image_path.stem}.txt"
         K_path = per_frame if per_frame.exists() else scene / "intrinsic" / "intrinsic_depth.txt"
         K = _fit_intrinsics(_read_matrix(K_path, rows=(3, 4))[:3, :3], (W, H), (W_i, H_i))
-        return View(image, depth, K, cam2world)
+        return View(image, depth, K, self.pose(k))
+
+    def pose(self, k):
+        """cam2world (4, 4) of view k; reads no pixel. Raises DataError naming the file."""
+        image_path = self.images[k]
+        folder = {"video_color": "video_pose"}.get(image_path.parent.name, "pose")
+        pose_path = image_path.parent.parent / folder / f"{image_path.stem}.txt"
+        cam2world = _read_matrix(pose_path, rows=(4,))
+        if self.source == "structured3d":
+            cam2world[:3, 3] /= 1000  # the one source whose poses are in millimetres
+        return cam2world
 
     def pictures(self):
         """The images as the question speaks of them: PIL, with the coloured points and boxes drawn.

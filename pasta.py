@@ -340,14 +340,12 @@ def evaluate(encoder, held_out, frames, pool, args, device, start_features=None)
     is the one that overlaps most. chance: 1 / P. drift: relative change of the features since the
     start, |e - e_start| / |e_start|; the frozen language model has not seen the new ones.
     """
-    right = total = busy = 0
+    right = total = 0
     sums, features, shown = torch.zeros(2), [], []
     for ready, pairs in pool.map(lambda job: frames.prepare(job[0], [job[1]]), held_out):
         for x, y, S in pairs:
             with torch.no_grad():
-                busy -= time.monotonic()
                 e = [f.cpu() for f in encode(encoder, ready, args.grid, device)]
-                busy += time.monotonic()
                 sums += torch.stack(alignment_loss(e, [(x, y, S)], 1, args))
             forth, back = matches(S, e[x], e[y]), matches(S.T, e[y], e[x])
             for guess, _, gold, overlaps in (forth, back):
@@ -364,8 +362,7 @@ def evaluate(encoder, held_out, frames, pool, args, device, start_features=None)
     record = {"match_accuracy": right / max(total, 1), "chance": 1 / args.grid**2,
               "drift": float((features - start).norm() / start.norm()),
               "heldout_loss": float(sums[0]) / len(features),
-              "heldout_excess": float(sums[1]) / len(features),
-              "views_per_s": 2 * len(features) / busy}
+              "heldout_excess": float(sums[1]) / len(features)}
     return record, features, shown
 
 
@@ -683,14 +680,14 @@ def make_demo_model(path, data, seed):
     The real classes in a small configuration: 4 vision blocks of width 128, every other with window
     attention; 4 language layers of width 192. Special tokens have Qwen's names. Made once per seed.
     """
-    stamp = path / "demo.json"
+    stamp = path.with_suffix(".json")
     if stamp.exists() and json.loads(stamp.read_text()) == {"seed": seed}:
         return
     texts = []
     for sample in geometry.load_samples(data):
         texts.append(f"{sample.question}\n{sample.answer}")
         if sample.task == "view_change_infer":  # and the plan that ActoR will learn to write
-            poses = [view.cam2world for view in sample.views()]
+            poses = [sample.pose(k) for k in range(2)]
             texts.append(json.dumps(geometry.actions_from_pose(geometry.relative_pose(*poses)),
                                     separators=(",", ":")))
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
@@ -722,9 +719,10 @@ def make_demo_model(path, data, seed):
     transformers.Qwen2_5_VLForConditionalGeneration(config).save_pretrained(making)
     tokenizer.save_pretrained(making)
     Qwen2VLImageProcessorPil().save_pretrained(making)
-    (making / stamp.name).write_text(json.dumps({"seed": seed}))
+    stamp.unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
     making.rename(path)
+    stamp.write_text(json.dumps({"seed": seed}))
 
 
 def start_processes():
@@ -802,7 +800,7 @@ def print_step(record, steps, left):
         line += (f"\n        match accuracy {record['match_accuracy']:.1%} of held-out patches, "
                  f"excess {record['heldout_excess']:.3f}, drift {record['drift']:.2f}")
     live, keep = sys.stdout.isatty(), "match_accuracy" in record
-    if live or keep or record["step"] % max(1, steps // 30) == 0:
+    if live or keep or record["step"] == 5 or record["step"] % max(1, steps // 30) == 0:
         print(line.ljust(90), end="\n" if keep or not live else "\r", flush=True)
 
 
@@ -888,12 +886,8 @@ def main(argv=None):
     with ThreadPoolExecutor(args.workers) as pool:
         if rank == 0:  # the encoder as it starts, also when resuming: for `drift` and "before"
             record, features, before = evaluate(encoder, held_out, frames, pool, args, device)
-            views = np.mean([len(samples[order(k)].images) for k in range(50)]) * args.batch / world
-            # forward, a backward worth two, perhaps forward again
-            passes = 3 if args.no_recompute else 4
-            expect = passes * views / record["views_per_s"] * (args.steps - start)
             say(f"start   match accuracy {record['match_accuracy']:.1%} of held-out patches "
-                f"(chance {record['chance']:.1%}); about {clock(expect)} to go")
+                f"(chance {record['chance']:.1%})")
             log = Log(out / "log.jsonl", args, start if state else None)
             if not state:
                 log.write({"step": 0, **record})

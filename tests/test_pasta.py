@@ -413,7 +413,7 @@ def test_log_and_pictures(four_steps):
         assert 0 <= line["match_accuracy"] <= 1 and line["chance"] == 1 / 16
     assert lines[0]["drift"] == 0 < lines[2]["drift"]
     assert Image.open(out / "matches.png").size[0] > 800
-    assert "trains" in text and "batch   1" in text and "to go" in text
+    assert "trains" in text and "batch   1" in text and "left 0:00" in text
 
 
 def test_resume_is_exact(root, four_steps, flags, tmp_path):
