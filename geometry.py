@@ -214,44 +214,62 @@ def actions_from_pose(pose):
     return plan
 
 
-def pose_from_actions(actions):
-    """The relative pose (4, 4) of a plan; inverse of actions_from_pose up to rounding and roll.
+ACTIONS = {  # atomic action -> what it does, and in which direction (B.3; backward is read only)
+    "turn_right_deg": ("turn right", 1), "turn_left_deg": ("turn right", -1),
+    "turn_up_deg": ("turn up", 1), "turn_down_deg": ("turn up", -1),
+    "move_forward_m": ("move forward", 1), "move_backward_m": ("move forward", -1),
+    "move_up_m": ("move up", 1), "move_down_m": ("move up", -1)}
 
-    actions: one-key dicts of the eight atomic actions of B.3 and move_backward_m, finite numbers.
-    Raises ValueError on anything else, naming it.
+
+def read_actions(actions):
+    """A plan as [(what, signed amount)], what as in ACTIONS, degrees or metres.
+
+    Raises ValueError, naming it, on what is no one-key dict of a known action and a finite number.
     """
-    pose = np.eye(4)
+    steps = []
     for action in actions:
         if not isinstance(action, dict) or len(action) != 1:
-            raise ValueError(f"an action is a dict with one key, got {action!r}")
-        ((name, value),) = action.items()
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        try:
-            value = float(value) if number else math.nan
-        except OverflowError:  # an integer of hundreds of digits
-            value = math.inf
-        if not math.isfinite(value):
+            raise ValueError(f"an action is a dict with one key, got {action!r:.80}")
+        ((name, amount),) = action.items()
+        if name not in ACTIONS:
+            raise ValueError(f"unknown action {name!r:.80}")
+        if type(amount) not in (int, float) or not abs(amount) < 1e300:  # NaN fails this, too
             raise ValueError(f"{name} needs a finite number")
-        step = np.eye(4)
-        if name in ("turn_right_deg", "turn_left_deg"):
-            step[:3, :3] = _turn(right=math.radians(value if name == "turn_right_deg" else -value))
-        elif name in ("turn_up_deg", "turn_down_deg"):
-            step[:3, :3] = _turn(up=math.radians(value if name == "turn_up_deg" else -value))
-        elif name in ("move_forward_m", "move_backward_m"):
-            step[2, 3] = value if name == "move_forward_m" else -value
-        elif name in ("move_up_m", "move_down_m"):
-            step[1, 3] = -value if name == "move_up_m" else value  # y points down
+        what, sign = ACTIONS[name]
+        steps.append((what, sign * float(amount)))
+    return steps
+
+
+def pose_from_actions(actions):
+    """The relative pose (4, 4) that a plan leads to; inverts actions_from_pose.
+
+    Up to rounding and roll. actions: one-key dicts, see ACTIONS. Raises ValueError on anything else
+    (read_actions).
+    """
+    x, y, z = np.eye(3)  # the camera's own axes, and where it is, in the frame it started from
+    place = np.zeros(3)
+    for what, amount in read_actions(actions):
+        if what == "move forward":
+            place = place + amount * z
+        elif what == "move up":
+            place = place - amount * y  # y points down
         else:
-            raise ValueError(f"unknown action {name!r}")
-        pose = pose @ step
+            c, s = math.cos(math.radians(amount)), math.sin(math.radians(amount))
+            if what == "turn right":
+                x, z = c * x - s * z, s * x + c * z
+            else:
+                y, z = c * y + s * z, c * z - s * y
+    pose = np.eye(4)
+    pose[:3] = np.array([x, y, z, place]).T
     return pose
 
 
 def pose_error(pose_a, pose_b):
     """Translation error in metres and rotation error in degrees between two poses (4, 4)."""
-    d_t = float(np.linalg.norm(pose_a[:3, 3] - pose_b[:3, 3]))
-    chord = float(np.linalg.norm(pose_a[:3, :3] - pose_b[:3, :3]))  # = 2 sqrt(2) sin(angle / 2),
-    # which keeps its precision at small angles, where the arc cosine of the trace loses half of it
+    d_t = math.hypot(*(pose_a[:3, 3] - pose_b[:3, 3]))
+    # chord = 2 sqrt(2) sin(angle / 2) keeps its precision at small angles, where the arc cosine of
+    # the trace loses half of it
+    chord = math.sqrt(np.square(pose_a[:3, :3] - pose_b[:3, :3]).sum())
     d_r = math.degrees(2 * math.asin(min(chord / math.sqrt(8), 1.0)))
     return d_t, d_r  # Eq. 9
 

@@ -212,7 +212,7 @@ class Frames:
     """Turns samples into what a step needs: image patches for the encoder and S for every pair.
 
     Frames that cannot be read are reported once, by name, and left out; `skipped` holds them.
-    own_val: whether the data has a val split. If not, one frame pair in ten is held out, by a hash
+    own_val: whether the data has a val split. If not, one frame pair in five is held out, by a hash
     of the frames' names, in whichever samples it occurs.
     """
 
@@ -250,7 +250,7 @@ class Frames:
     def held_out(self, sample, pair):
         """Whether this pair of frames is kept from training; data with a val split keeps none."""
         names = sorted(str(sample.images[k]) for k in pair)
-        return not self.own_val and zlib.crc32("|".join(names).encode()) % 10 == 0
+        return not self.own_val and zlib.crc32("|".join(names).encode()) % 5 == 0
 
     def prepare(self, sample, pairs):
         """Read the frames that `pairs`, [(a, b), ...] of views of a sample, need.
@@ -270,12 +270,26 @@ def all_pairs(sample):
     return list(itertools.combinations(range(len(sample.images)), 2))
 
 
-def sample_order(total, samples, seed):
-    """Position k of training -> index of a sample: `samples` of `total`, reshuffled each epoch.
+def draw_samples(samples, frames, count, seed):
+    """Indices of `count` random samples (or all) that have a pair of views to train on."""
+    drawn = np.random.default_rng([seed, 0]).permutation(len(samples))[:count]
+    if frames.own_val:
+        return drawn
+    kept = []
+    for k in drawn:
+        try:
+            if not all(frames.held_out(samples[k], pair) for pair in all_pairs(samples[k])):
+                kept.append(k)
+        except geometry.DataError as error:
+            frames.skip(error)
+    return kept
 
-    They are drawn once. A function of (seed, k) alone, so a resumed run goes on where it stopped.
+
+def sample_order(drawn, seed):
+    """Position k of training -> index of a sample: the drawn ones, in a new order each epoch.
+
+    A function of (seed, k) alone, so a resumed run goes on where it stopped.
     """
-    drawn = np.random.default_rng([seed, 0]).permutation(total)[:samples]
     epochs = {}
 
     def at(k):
@@ -801,7 +815,7 @@ def print_step(record, steps, left):
                  f"excess {record['heldout_excess']:.3f}, drift {record['drift']:.2f}")
     live, keep = sys.stdout.isatty(), "match_accuracy" in record
     if live or keep or record["step"] == 5 or record["step"] % max(1, steps // 30) == 0:
-        print(line.ljust(90), end="\n" if keep or not live else "\r", flush=True)
+        print(line.ljust(90) if live else line, end="\n" if keep or not live else "\r", flush=True)
 
 
 def clock(seconds):
@@ -843,12 +857,13 @@ def main(argv=None):
     if not held_out:
         raise geometry.DataError(f"{args.data}: no pair of views to hold out for evaluation; add "
                                  "samples, or a val folder beside train")
-    order = sample_order(len(samples), args.samples, args.seed)
-    args.steps = args.steps or max(1, min(args.samples, len(samples)) // args.batch)
+    drawn = draw_samples(samples, frames, args.samples, args.seed)
+    order = sample_order(drawn, args.seed)
+    args.steps = args.steps or max(1, len(drawn) // args.batch)
     args.eval_every = args.eval_every or max(1, args.steps // 4)
     say(f"data    {args.data}: {len(samples):,} multi-image samples, "
-        f"{min(args.samples, len(samples)):,} of them drawn; {len(held_out)} held-out pairs "
-        + ("from val" if own_val else "(no val split: one frame pair in ten is kept out)"))
+        f"{len(drawn):,} of them drawn; {len(held_out)} held-out pairs "
+        + ("from val" if own_val else "(no val split: one frame pair in five is kept out)"))
 
     state = None
     if args.resume:

@@ -1,8 +1,9 @@
-"""Speed and memory, as ratios within one run: python tests/benchmark.py pasta|index
+"""Speed and memory, as ratios within one run: python tests/benchmark.py pasta|index|rewards
 
     pasta   Eq. 1 against a warp of every pixel; a training step against the bare encoder; memory;
             on a CUDA GPU also Qwen2.5-VL-3B's vision tower at its real size
     index   a million lines of annotations
+    rewards 32 completions about three views, as one step of reinforcement learning scores
 
 Medians of interleaved repetitions. Nothing here is a test: machines differ, ratios less so.
 """
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import geometry  # noqa: E402
 import pasta  # noqa: E402
+import rewards  # noqa: E402
 
 TINY = {"depth": 4, "hidden_size": 128, "intermediate_size": 256, "num_heads": 4,
         "out_hidden_size": 192, "window_size": 112, "fullatt_block_indexes": [1, 3]}
@@ -65,8 +67,8 @@ def rendered_pair(width=640, height=480):
 
 
 def warp_every_pixel(x, y, n, t=0.05, t_rel=0.05):
-    """Directional overlap by a warp in the manner of LoFTR's ground truth: a list of pixel positions,
-    here all of them, is lifted by the depth at each, moved to y's camera, projected, and kept where it
+    """Directional overlap by a warp in the manner of LoFTR's ground truth: a list of pixels, here
+    all of them, is lifted by the depth at each, moved to y's camera, projected, and kept where it
     falls inside y and agrees with y's depth at the nearest pixel. Batched torch, float32."""
     depth_x, depth_y = torch.from_numpy(x.depth)[None], torch.from_numpy(y.depth)[None]
     K_x, K_y = torch.from_numpy(x.K).float()[None], torch.from_numpy(y.K).float()[None]
@@ -127,7 +129,7 @@ def training_step(name, config, size, steps, rounds=5):
         samples = geometry.load_samples(data, tasks=("depth_prediction_oc_mv",))
         args = pasta.parse_args(["--data", str(data), "--steps", str(steps)])
         frames = pasta.Frames(args, own_val=True)
-        order = pasta.sample_order(len(samples), len(samples), 0)
+        order = pasta.sample_order(range(len(samples)), 0)
         library, encoder = make_encoder(config), pasta.speed_up(make_encoder(config))
         optimizer = pasta.Adam(encoder, torch.float32, 1e-5, 1.0)
         stored = [pasta._prepare(frames, samples, order(k))[1] for k in range(steps)]
@@ -255,13 +257,34 @@ def index(lines):
               f"peak memory of the process {float(out[2]):.0f} MB")
 
 
+# ----------------------------------------------------------------------------------- rewards
+
+
+def reward_step():
+    """Total rewards of well-formed completions (the slow kind: every plan becomes a pose)."""
+    rng = np.random.default_rng(0)
+
+    def plans():
+        poses = [geometry.look(rng.uniform(0, 5, 3), rng.uniform(-4, 4), rng.uniform(-0.4, 0.4))
+                 for _ in range(3)]
+        return {(i, j): geometry.actions_from_pose(geometry.relative_pose(poses[i], poses[j]))
+                for i, j in rewards.required_pairs(3)}
+
+    gold = rewards.Gold(plans(), "1.5", "depth_prediction_oc_mv", "fill", 3)
+    texts = [rewards.write_response(plans(), "1.4") for _ in range(32)]
+    (seconds,) = interleaved([lambda: [rewards.total_reward(text, gold) for text in texts]], 50)
+    print(f"rewards of 32 completions about three views: {seconds * 1e3:.1f} ms")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("pasta", "index", "peak-memory"))
+    parser.add_argument("what", choices=("pasta", "index", "rewards", "peak-memory"))
     parser.add_argument("--recompute", action="store_true", help="of peak-memory")
     chosen = parser.parse_args()
     if chosen.what == "index":
         index(1_000_000)
+    elif chosen.what == "rewards":
+        reward_step()
     elif chosen.what == "peak-memory":
         peak_memory(chosen.recompute)
     else:

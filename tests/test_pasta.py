@@ -570,6 +570,8 @@ def test_without_val_some_pairs_are_held_out(shared):
     trained = {frozenset(s.images[k] for k in pair) for s in samples for pair in pasta.all_pairs(s)
                if not frames.held_out(s, pair)}
     assert held and trained and not held & trained
+    for k in pasta.draw_samples(samples, frames, 1000, seed=0):  # none without a pair to train on
+        assert not all(frames.held_out(samples[k], pair) for pair in pasta.all_pairs(samples[k]))
 
 
 def test_real_frames(root, shared, tiny_model, tmp_path):
@@ -579,11 +581,15 @@ def test_real_frames(root, shared, tiny_model, tmp_path):
     assert Image.open(tmp_path / "out/matches.png").size[0] > 800
 
 
-def test_sample_order_is_a_function_of_seed_and_position():
-    order = pasta.sample_order(100, 30, seed=5)
-    first = [order(k) for k in range(90)]
-    assert (len(set(first[:30])) == 30 and set(first[:30]) == set(first[30:60])
-            and first[:30] != first[30:60])
-    again = pasta.sample_order(100, 30, seed=5)
-    assert [again(k) for k in (77, 3, 59, 0)] == [first[k] for k in (77, 3, 59, 0)]
-    assert [pasta.sample_order(100, 30, seed=6)(k) for k in range(30)] != first[:30]
+def test_sample_order_is_a_function_of_seed_and_position(rooms):
+    samples = geometry.load_samples(rooms)
+    frames = pasta.Frames(pasta.parse_args([]), own_val=True)
+    drawn = pasta.draw_samples(samples, frames, 20, seed=5)
+    assert len(set(drawn)) == 20
+    order = pasta.sample_order(drawn, seed=5)
+    first = [order(k) for k in range(60)]
+    assert set(first[:20]) == set(first[20:40]) == set(drawn) and first[:20] != first[20:40]
+    again = pasta.sample_order(drawn, seed=5)
+    assert [again(k) for k in (57, 3, 39, 0)] == [first[k] for k in (57, 3, 39, 0)]
+    assert [pasta.sample_order(drawn, seed=6)(k) for k in range(20)] != first[:20]
+    assert set(pasta.draw_samples(samples, frames, 20, seed=6)) != set(drawn)

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 SCRIPTS = ("pasta.py", "actor_sft.py", "actor_grpo.py", "evaluate.py")
-EQUATIONS = {"geometry.py": {1, 9}, "pasta.py": {2, 3, 4, 5}}
+EQUATIONS = {"geometry.py": {1, 9}, "pasta.py": {2, 3, 4, 5},
+             "rewards.py": {6, 7, 8, 10, 11, 12}}
 
 
 def sources(root):
@@ -59,7 +60,8 @@ def test_shared_files_need_no_torch(root):
 
 def commands(readme):
     """Command lines of the README's code blocks, with continued lines joined."""
-    blocks = re.findall(r"```(?:bash|sh)?\n(.*?)```", readme, re.DOTALL)
+    blocks = [body for language, body in re.findall(r"```(\w*)\n(.*?)```", readme, re.DOTALL)
+              if language == "bash"]
     text = "\n".join(blocks).replace("\\\n", " ")
     return [part.split("#")[0].strip() for line in text.splitlines() for part in line.split("&&")]
 

@@ -1,0 +1,384 @@
+"""The model's output text: how it is asked for, written, read and scored (section 3.4, appendix C).
+
+    Eq. 6   <action> A </action><answer> a </answer>     write_response, parse_response
+    Eq. 7   A: a plan for every pair of views            required_pairs
+    Eq. 8   R = l1 R_act + l2 R_ans + l3 R_fmt           total_reward
+    Eq. 9   d_t, d_r of two poses                        geometry.pose_error
+    Eq. 10  R_act = exp(-d_t / tau_t) exp(-d_r / tau_r)  action_reward
+    C.3     R_ans, by task and question type             answer_reward
+    Eq. 11  R_fmt in {0, 1}                              format_reward
+    Eq. 12  l1 = l2 = l3 = 1                             WEIGHTS
+
+Appendix C's sentences stand above what computes them, in its order. Every function takes any text:
+none raises, returns NaN or leaves [0, 1]. Views are counted from 0, as in appendix B.2 (Eq. 7
+counts from 1).
+
+Beyond the paper: the choices tagged "not in the paper" on their lines.
+"""
+
+import functools
+import itertools
+import json
+import math
+import re
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+
+import geometry
+
+# ------------------------------------------------------------------------------------- asking
+
+# No prompt of the paper is published; these are ours.                            # not in the paper
+ACTION_INSTRUCTION = (
+    "The images show one scene from several cameras, counted from 0. First write how the camera "
+    "moves from view i to view j for every pair i < j, as JSON in <action></action>: a list of "
+    '{"from":i,"to":j,"action":[...]}, where the actions are turn_right_deg, turn_left_deg, '
+    "turn_up_deg, turn_down_deg, move_forward_m, move_up_m and move_down_m. Then write the answer "
+    "alone in <answer></answer>.")
+ANSWER_INSTRUCTION = "Write the answer alone, without an explanation."
+LANGUAGE_INSTRUCTION = (  # the ablation of Table 3: reasoning in words instead of actions
+    "The images show one scene from several cameras. First reason in words about how the views "
+    "relate in <think></think>. Then write the answer alone in <answer></answer>.")
+
+
+# -------------------------------------------------------------------- writing and reading, B.2
+
+
+class Response(NamedTuple):
+    """What a response says. actions: {(i, j): plan} or None; answer: text or None."""
+
+    actions: dict | None
+    answer: str | None
+
+
+def required_pairs(views):
+    """The pairs (i, j), i < j, of `views` views that a response must cover."""
+    return list(itertools.combinations(range(views), 2))  # Eq. 7
+
+
+def write_response(actions, answer):
+    """The teacher's text. actions: {(i, j): plan}, i < j from 0; answer: text.
+
+    Compact JSON: indenting it costs twice the tokens.
+    """
+    A = json.dumps([{"from": i, "to": j, "action": plan}
+                    for (i, j), plan in sorted(actions.items())], separators=(",", ":"))
+    return f"<action>{A}</action><answer>{answer}</answer>"  # Eq. 6
+
+
+def parse_response(text):
+    """Read a response: Response(actions or None, answer or None). Never raises.
+
+    A part counts if its tags occur once and close. The actions must be a list of from, to, action
+    with different pairs i < j and known actions of finite numbers; which pairs there are is not
+    checked.
+    """
+    return Response(_parse_actions(_block(text, "action")), _block(text, "answer"))
+
+
+def _block(text, tag):
+    """What stands between <tag> and </tag>, stripped; None if either is not there exactly once, or
+    in the wrong order, or nothing is between them."""
+    opening, closing = f"<{tag}>", f"</{tag}>"
+    if not isinstance(text, str) or text.count(opening) != 1 or text.count(closing) != 1:
+        return None
+    inside = text[text.index(opening) + len(opening):text.index(closing)]
+    return inside.strip() or None
+
+
+LONGEST_PLAN = 100_000  # characters; 16 views, 120 pairs, need a fifth of it  # not in the paper
+
+
+def _parse_actions(block):
+    """Text of an action block -> {(i, j): plan}, or None."""
+    if block is None or len(block) > LONGEST_PLAN:
+        return None
+    try:
+        items = json.loads(block, object_pairs_hook=_no_repeated_key, parse_constant=_no_constant)
+        actions = {}
+        for item in items:
+            i, j, plan = item["from"], item["to"], item["action"]
+            if len(item) != 3 or type(i) is not int or type(j) is not int or not 0 <= i < j:
+                return None
+            if (i, j) in actions or not isinstance(plan, list):
+                return None
+            geometry.read_actions(plan)  # ValueError for what is no action
+            actions[i, j] = plan
+        return actions if isinstance(items, list) else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _no_repeated_key(pairs):
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a repeated key")
+    return dict(pairs)
+
+
+def _no_constant(name):
+    raise ValueError(f"{name} is not JSON")
+
+
+# ------------------------------------------------------------------ C.2, action accuracy reward
+
+
+def action_reward(text, gold_actions, tau_t=1.0, tau_r=30.0, stop_penalty=True):  # not in the paper
+    """R_act in [0, 1]: how close the written plans come to the gold poses, mean over all pairs.
+
+    gold_actions {(i, j): plan}, the required pairs; tau_t metres, tau_r degrees. A pair without a
+    plan scores 0, and so does a stop-like one, which stays where the gold moves (stop_penalty).
+    """
+    return _action_reward(parse_response(text).actions, gold_actions, tau_t, tau_r, stop_penalty)
+
+
+def _action_reward(actions, gold_actions, tau_t, tau_r, stop_penalty):
+    # "we first parse both as JSON. If parsing fails, R_act-acc is set to 0."
+    if actions is None or not gold_actions:
+        return 0.0
+    total = 0.0
+    for pair, gold_plan in gold_actions.items():
+        if pair in actions:
+            gold = _gold_pose(tuple(tuple(step.items()) for step in gold_plan))
+            total += _pose_similarity(actions[pair], gold, tau_t, tau_r, stop_penalty)
+    return total / len(gold_actions)
+
+
+@functools.lru_cache(maxsize=4096)
+def _gold_pose(plan):  # the completions of a group share it
+    return geometry.pose_from_actions([dict(step) for step in plan])
+
+
+def _pose_similarity(plan, gold, tau_t, tau_r, stop_penalty):
+    # "Each action list is converted into a relative camera pose (R, t) by composing the rotations
+    # and translations specified by the plan."
+    with np.errstate(all="ignore"):  # steps of 1e299 metres are finite, their square is not
+        pose = geometry.pose_from_actions(plan)
+        if not np.isfinite(pose).all():
+            return 0.0
+        d_t, d_r = geometry.pose_error(pose, gold)
+        # "Optionally, degenerate "stop-like" predicted plans are penalized by setting
+        # R_act-acc = 0."
+        if stop_penalty and _stays(pose) and not _stays(gold):
+            return 0.0
+    return math.exp(-d_t / tau_t) * math.exp(-d_r / tau_r)  # Eq. 10
+
+
+def _stays(pose):
+    """Whether a pose is nearer to none at all than the smallest step of the teacher."""
+    d_t, d_r = geometry.pose_error(pose, np.eye(4))
+    return d_t < 0.01 and d_r < 1  # not in the paper
+
+
+# ------------------------------------------------------------------ C.3, answer accuracy reward
+
+NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+
+
+def answer_reward(prediction, gold, task, kind):
+    """R_ans in [0, 1]: prediction and gold texts by SPAR task and question type ("select", "fill").
+
+    "The evaluation metric is selected based on the question sub-category and question type." A pair
+    that METRICS lacks is scored as a choice, or by MRA if the gold is one number, and a warning
+    says so once.
+    """
+    # "If either is missing or the required structure cannot be parsed, the reward is set to 0."
+    if not isinstance(prediction, str) or not isinstance(gold, str):
+        return 0.0
+    prediction, gold = prediction.strip(), gold.strip()
+    if not prediction or not gold or len(prediction) > LONGEST_ANSWER:
+        return 0.0
+    metric = selection if kind == "select" else METRICS.get(task)
+    if metric is None:
+        metric = numeric if len(_numbers(gold)) == 1 else exact
+        if (task, kind) not in _unknown:
+            _unknown.add((task, kind))
+            warnings.warn(f"appendix C.3 has no metric for {task} ({kind}): "
+                          f"{metric.__name__} is used")
+    return float(metric(prediction, gold))
+
+
+LONGEST_ANSWER = 1000  # characters; the longest gold (view_change_infer) has 80  # not in the paper
+_unknown = set()
+
+
+def selection(prediction, gold):
+    """ "For multiple-choice questions, we use an exact-match criterion with a permissive
+    first-character rule, allowing predictions such as "C. ..." to match the gold answer "C"." """
+    prediction, gold = prediction.lower(), gold.lower()
+    return prediction == gold or prediction[0] == gold
+
+
+def numeric(prediction, gold):
+    """ "For numerical fill questions, we use Mean Relative Accuracy (MRA). Both must contain
+    exactly one numeric value; otherwise the reward is 0." """
+    p, g = _numbers(prediction), _numbers(gold)
+    return mean_relative_accuracy(p[0], g[0]) if len(p) == len(g) == 1 else 0.0
+
+
+def mean_relative_accuracy(p, g):
+    """ "MRA evaluates whether the relative error falls within a set of increasing tolerance
+    intervals and averages the resulting binary accuracies." Ten of them, as the benchmark's own
+    code has."""
+    error = abs(p - g) / abs(g) if g else abs(p - g)
+    return float(np.mean(error <= 1 - THRESHOLDS))  # False for NaN and inf
+
+
+THRESHOLDS = np.linspace(0.5, 0.95, 10)
+
+
+def position_matching(prediction, gold):
+    """ "Intersection-over-Union (IoU) between predicted and gold bounding boxes." x1, y1, x2,
+    y2."""
+    p, g = _numbers(prediction), _numbers(gold)
+    if len(p) != 4 or len(g) != 4:
+        return 0.0
+    common = _area([max(p[0], g[0]), max(p[1], g[1]), min(p[2], g[2]), min(p[3], g[3])])
+    union = _area(p) + _area(g) - common
+    return common / union if 0 < union < math.inf else 0.0
+
+
+def _area(box):
+    return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
+
+
+def object_phrase(prediction, gold):
+    """ "Object-based distance inference: soft exact match after removing parenthetical
+    annotations." Case, punctuation, articles and white space do not count."""
+    return _soft(prediction) == _soft(gold) != ""
+
+
+def _soft(text):
+    text = re.sub(r"\([^()]*\)", " ", text.lower())
+    return " ".join(word for word in re.findall(r"\w+", text) if word not in ("a", "an", "the"))
+
+
+def camera_motion(prediction, gold):
+    """ "Camera motion inference: a weighted combination of Gaussian scores over normalized 2D
+    position error and relative depth error." Texts hold x and y of 0..1000 and a depth in
+    metres."""
+    p, g = _numbers(prediction), _numbers(gold)
+    if len(p) != 3 or len(g) != 3:
+        return 0.0
+    d_xy = math.hypot(p[0] - g[0], p[1] - g[1]) / 1000
+    d_depth = abs(p[2] - g[2]) / max(abs(g[2]), 0.1)
+    score = 0.0
+    for weight, error, width in ((0.5, d_xy, 0.1), (0.5, d_depth, 0.25)):  # not in the paper
+        score += weight * math.exp(-min(error / width, 1e3) ** 2 / 2)
+    return score
+
+
+AXES = (("move_right", "move_left"), ("move_up", "move_down"), ("move_forward", "move_backward"),
+        ("rotate_right", "rotate_left"), ("rotate_up", "rotate_down"))
+
+
+def view_change(prediction, gold):
+    """ "Motion parameters are parsed into a fixed set of canonical dimensions, and MRA is computed
+    independently for each dimension and then averaged." Errors are relative to the gold."""
+    p, g = _motion(prediction), _motion(gold)
+    if p is None or g is None:
+        return 0.0
+    return sum(mean_relative_accuracy(p[axis], g[axis]) for axis in AXES) / len(AXES)
+
+
+def _motion(text):
+    """{axis: signed amount} of "move_left:2.6,rotate_up:10,..."; None if an item is no such."""
+    amounts = {}
+    for item in text.split(","):
+        found = re.fullmatch(rf"\s*([a-z_]+)\s*:\s*({NUMBER.pattern})\s*", item)
+        if not found:
+            return None
+        name = "move_backward" if found[1] == "move_back" else found[1]  # the data may have either
+        amounts[name] = float(found[2])
+    if not amounts.keys() & set(itertools.chain(*AXES)):
+        return None
+    return {axis: amounts.get(axis[0], 0.0) - amounts.get(axis[1], 0.0) for axis in AXES}
+
+
+def exact(prediction, gold):
+    return prediction.lower() == gold.lower()
+
+
+def _numbers(text):
+    """All numbers in a text, however they are bracketed."""
+    return [float(number) for number in NUMBER.findall(text)]
+
+
+METRICS = {  # of the fill questions; every select question is `selection`
+    **dict.fromkeys((
+        "depth_prediction_oc", "depth_prediction_oo", "depth_prediction_oc_mv",
+        "depth_prediction_oo_mv", "distance_prediction_oc", "distance_prediction_oo",
+        "distance_prediction_oc_mv", "distance_prediction_oo_mv", "distance_prediction_oo_video",
+        "spatial_volume_infer", "room_size", "obj_count"), numeric),
+    **dict.fromkeys((
+        "distance_infer_center_oc", "distance_infer_center_oo", "distance_infer_center_oc_mv",
+        "distance_infer_center_oo_mv", "distance_infer_center_oo_video"), object_phrase),
+    "appearance_order": object_phrase,  # not in the paper
+    "position_matching": position_matching,
+    "camera_motion_infer": camera_motion,
+    "view_change_infer": view_change}
+
+
+# ------------------------------------------------------------------------------ C.4, format reward
+
+
+def format_reward(text, views, block="action"):
+    """R_fmt, 0.0 or 1.0: strict adherence to the protocol, for a question about `views` views.
+
+    block: "action", or "think" for reasoning in words (any text that is not blank).
+    """
+    return _format_reward(text, parse_response(text), views, block)
+
+
+def _format_reward(text, response, views, block):
+    # "R_format = 1 if and only if all of the following conditions are satisfied:
+    # The output contains properly closed <action> and <answer> blocks." Once each, in this order,
+    # with something in them, and only white space around them.      # not in the paper: strictness
+    if response.answer is None or _block(text, block) is None:
+        return 0.0
+    whole = text.strip()
+    between = text[text.index(f"</{block}>") + len(block) + 3:text.index("<answer>")]
+    if not whole.startswith(f"<{block}>") or not whole.endswith("</answer>") or between.strip():
+        return 0.0
+    if block != "action":
+        return 1.0
+    # "The contents of <action> are parseable as valid JSON." And are what B.2 shows.
+    # "The parsed action list covers all required image pairs for the input." And no other.
+    covered = response.actions is not None and sorted(response.actions) == required_pairs(views)
+    return float(covered)  # Eq. 11
+
+
+# ------------------------------------------------------------------------------------ Eq. 8, C.1
+
+
+class Gold(NamedTuple):
+    """What a response is compared with. actions: {(i, j): plan} for every pair of views."""
+
+    actions: dict
+    answer: str
+    task: str
+    kind: str
+    views: int
+
+
+def gold_of(sample):
+    """The Gold of a geometry.Sample: its answer, and the teacher's plan for each pair of views."""
+    poses = [sample.pose(k) for k in range(len(sample.images))]
+    actions = {(i, j): geometry.actions_from_pose(geometry.relative_pose(poses[i], poses[j]))
+               for i, j in required_pairs(len(poses))}
+    return Gold(actions, sample.answer, sample.task, sample.kind, len(poses))
+
+
+WEIGHTS = (1.0, 1.0, 1.0)  # Eq. 12
+
+
+def total_reward(text, gold, weights=WEIGHTS, tau_t=1.0, tau_r=30.0, stop_penalty=True,
+                 block="action"):
+    """R and its parts: {"total", "action", "answer", "format"}. gold: Gold."""
+    response = parse_response(text)
+    R_act = _action_reward(response.actions, gold.actions, tau_t, tau_r, stop_penalty)
+    R_ans = answer_reward(response.answer, gold.answer, gold.task, gold.kind)
+    R_fmt = _format_reward(text, response, gold.views, block)
+    R = weights[0] * R_act + weights[1] * R_ans + weights[2] * R_fmt  # Eq. 8
+    return {"total": R, "action": R_act, "answer": R_ans, "format": R_fmt}
