@@ -115,9 +115,15 @@ def parse_args(argv=None):
         args.lr, args.batch, args.steps = args.lr or 5e-4, args.batch or 2, args.steps or 1500
     else:
         args.lr, args.batch = args.lr or 1e-5, args.batch or 1
+        if args.model is None:
+            p.error("--data needs a --model: Qwen/Qwen2.5-VL-3B-Instruct, or out/demo/model, which "
+                    "`python pasta.py --grid 4` makes")
     for name in ("samples", "grid", "batch", "heldout", "workers"):
         if getattr(args, name) < 1:
             p.error(f"--{name} must be 1 or more, got {getattr(args, name)}")
+    for name in ("tau1", "tau2", "lr", "clip"):
+        if not getattr(args, name) > 0:
+            p.error(f"--{name} must be above 0, got {getattr(args, name)}")
     return args
 
 
@@ -835,13 +841,13 @@ def main(argv=None):
 
     # without --data or --model: rooms and a tiny model, written once in the layouts of real ones
     if args.demo:
-        say("Demo: rendered rooms and a tiny random Qwen2.5-VL. The real run is\n"
-            "  python pasta.py --grid 4 --model Qwen/Qwen2.5-VL-3B-Instruct --data /path/to/spar")
+        say(f"Demo: rendered rooms and {args.model or 'a tiny random Qwen2.5-VL'}. "
+            "The real run is\n  python pasta.py --grid 4 --model Qwen/Qwen2.5-VL-3B-Instruct --data /path/to/spar")
         if rank == 0:
             geometry.render_rooms(args.data, seed=args.seed)
     if args.model is None:
         args.model = str(DEMO / "model")
-        if args.demo and rank == 0:
+        if rank == 0:
             make_demo_model(DEMO / "model", args.data, args.seed)
     if world > 1:
         dist.barrier()  # the others read what the first process wrote
@@ -854,10 +860,10 @@ def main(argv=None):
         val, own_val = samples, False
     frames = Frames(args, own_val)
     held_out = find_held_out(val, frames, args.heldout)
-    if not held_out:
-        raise geometry.DataError(f"{args.data}: no pair of views to hold out for evaluation; add "
-                                 "samples, or a val folder beside train")
     drawn = draw_samples(samples, frames, args.samples, args.seed)
+    if not held_out or not len(drawn):
+        raise geometry.DataError(f"{args.data}: too few pairs of views to train on some and hold "
+                                 "out others; add samples, or a val folder beside train")
     order = sample_order(drawn, args.seed)
     args.steps = args.steps or max(1, len(drawn) // args.batch)
     args.eval_every = args.eval_every or max(1, args.steps // 4)
@@ -939,7 +945,10 @@ def main(argv=None):
                        else "no readable pair of views")
                 say(f"step {step} left out: {why} ({names})")
                 record = {"step": step, "skipped": f"{why} ({names})"}
-                trouble = trouble if optimizer.skip() or not count else trouble + 1
+                if not count:
+                    optimizer.grad.zero_()
+                elif not optimizer.skip():
+                    trouble += 1
                 if trouble == 5:
                     raise geometry.DataError(
                         f"five steps in a row were not finite, the last being step {step}: lower "

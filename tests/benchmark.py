@@ -127,7 +127,7 @@ def training_step(name, config, size, steps, rounds=5):
     with tempfile.TemporaryDirectory() as folder:
         data = geometry.render_rooms(Path(folder) / "data", rooms=24, size=size)
         samples = geometry.load_samples(data, tasks=("depth_prediction_oc_mv",))
-        args = pasta.parse_args(["--data", str(data), "--steps", str(steps)])
+        args = pasta.parse_args(["--data", str(data), "--model", "-", "--steps", str(steps)])
         frames = pasta.Frames(args, own_val=True)
         order = pasta.sample_order(range(len(samples)), 0)
         library, encoder = make_encoder(config), pasta.speed_up(make_encoder(config))
@@ -197,7 +197,7 @@ def real_size():
     (matmul,) = interleaved([lambda: ((a @ b), torch.cuda.synchronize())], 20)
     rate = 2 * 8192**3 / matmul
     del a, b
-    args = pasta.parse_args(["--grid", "4", "--data", "-"])
+    args = pasta.parse_args(["--grid", "4", "--data", "-", "--model", "-"])
     S = torch.rand(16, 16, device="cuda")
     pairs = [(x, y, S) for x, y in itertools.combinations(range(3), 2)]
     ready = [{"patches": torch.randn(1024, 1176).pin_memory(), "grid": (32, 32)}] * 3

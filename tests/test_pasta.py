@@ -549,10 +549,16 @@ def test_non_finite_steps_are_left_out_and_end_the_run(root, flags, tmp_path, ti
     (["--grid", "300"], "--grid 300"),
     (["--resume"], "out/checkpoint.safetensors: cannot be read as a checkpoint"),
     (["--grid", "0"], "--grid must be 1 or more, got 0"),
+    (["--tau1", "0"], "--tau1 must be above 0, got 0.0"),
 ])
 def test_bad_arguments(root, flags, tmp_path, change, message):
     done = run(root, tmp_path, *flags, "--steps", 2, "--out", "out", *change)
     assert done.returncode in (1, 2) and message in done.stdout and "Traceback" not in done.stdout
+
+
+def test_data_without_a_model(root, rooms, tmp_path):
+    done = run(root, tmp_path, "--data", rooms)
+    assert done.returncode == 2 and "--data needs a --model" in done.stdout
 
 
 def test_resume_with_other_arguments(root, flags, four_steps):
