@@ -351,6 +351,9 @@ class Sample:
         cam2world = _read_matrix(pose_path, rows=(4,))
         if self.source == "structured3d":
             cam2world[:3, 3] /= 1000  # the one source whose poses are in millimetres
+        R = cam2world[:3, :3]
+        if abs(R.T @ R - np.eye(3)).max() > 0.01 or abs(cam2world[3] - (0, 0, 0, 1)).max() > 1e-6:
+            raise DataError(f"{pose_path}: not a rigid pose: a rotation and, below, 0 0 0 1")
         return cam2world
 
     def pictures(self):
@@ -364,20 +367,26 @@ class Sample:
         pictures = [_read_image(path).convert("RGB") for path in self.images]
         if self.task in UNMARKED:
             return pictures
-        for shape in ("bbox", "point"):
-            order = MARKER_ORDER.get(self.task, tuple(MARKER_RGB))
-            present = [colour for colour in order if self.markers.get(f"{colour}_{shape}")]
-            index = (self.markers.get(f"{shape}_img_idx") or [[0]])[0] or [0]
-            if self.task == "obj_spatial_relation_oc_mv":
-                index = index[:1]  # all of its boxes are on one image
-            for k, colour in enumerate(present):  # a short index: all the rest on its last image
-                which = index[min(k, len(index) - 1)]
-                if not 0 <= which < len(pictures):
-                    raise DataError(f"{self.id}: {colour} {shape} is on image {which} "
-                                    f"of {len(pictures)}")
-                for mark in self.markers[f"{colour}_{shape}"]:
-                    _draw_marker(pictures[which], mark, MARKER_RGB[colour])
+        try:
+            for shape in ("bbox", "point"):
+                self._draw_markers(pictures, shape)
+        except (TypeError, ValueError, IndexError) as error:
+            raise DataError(
+                f"{self.id}: its point or box fields cannot be read ({error})") from None
         return pictures
+
+    def _draw_markers(self, pictures, shape):
+        order = MARKER_ORDER.get(self.task, tuple(MARKER_RGB))
+        present = [colour for colour in order if self.markers.get(f"{colour}_{shape}")]
+        index = (self.markers.get(f"{shape}_img_idx") or [[0]])[0] or [0]
+        if self.task == "obj_spatial_relation_oc_mv":
+            index = index[:1]  # all of its boxes are on one image
+        for k, colour in enumerate(present):  # a short index: all the rest on its last image
+            which = index[min(k, len(index) - 1)]
+            if not 0 <= which < len(pictures):
+                raise ValueError(f"{colour} {shape} is on image {which} of {len(pictures)}")
+            for mark in self.markers[f"{colour}_{shape}"]:
+                _draw_marker(pictures[which], mark, MARKER_RGB[colour])
 
 
 class Samples(Sequence):
@@ -415,18 +424,18 @@ class Samples(Sequence):
             images = [images] if isinstance(images, str) else list(images)
             depths = record.get("depth") or [_depth_name(name) for name in images]
             depths = [depths] if isinstance(depths, str) else list(depths)
+            base = self.root / source / "images"
+            images, depths = [base / name for name in images], [base / name for name in depths]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{where}: not a SPAR record "
                             f"({type(error).__name__}: {error})") from None
         if len(depths) != len(images) or not images:
             raise DataError(f"{where}: {len(images)} images and {len(depths)} depth maps")
-        base = self.root / source / "images"
         return Sample(
             id=str(record.get("id", index)), source=source, task=task, kind=kind,
             question=re.sub(r"(Frame-\d+: )?<image>\n?", "", question).strip(), answer=answer,
-            images=[base / name for name in images], depths=[base / name for name in depths],
-            markers={k: v for k, v in record.items()
-                     if k.endswith(("_point", "_bbox", "_img_idx"))})
+            images=images, depths=depths, markers={
+                k: v for k, v in record.items() if k.endswith(("_point", "_bbox", "_img_idx"))})
 
 
 def load_samples(root, split="train", tasks=None, kinds=("select", "fill")):
@@ -519,9 +528,9 @@ def _draw_marker(picture, mark, rgb):
     if len(mark) == 2:
         draw.ellipse([xy[0] - unit, xy[1] - unit, xy[0] + unit, xy[1] + unit], fill=rgb)
     else:
-        grow = unit * 7 / 8
-        draw.rectangle([xy[0] - grow, xy[1] - grow, xy[2] + grow, xy[3] + grow],
-                       outline=rgb, width=max(1, round(unit)))
+        grow, (x1, x2), (y1, y2) = unit * 7 / 8, sorted(xy[::2]), sorted(xy[1::2])
+        draw.rectangle([x1 - grow, y1 - grow, x2 + grow, y2 + grow], outline=rgb,
+                       width=max(1, round(unit)))
 
 
 # ------------------------------------------------------- rendered rooms: the inverse of unproject

@@ -112,15 +112,19 @@ def parse_args(argv=None):
     args.demo = args.data is None
     if args.demo:  # the only place where demo and real run differ
         args.data, args.no_recompute = str(DEMO / "data"), True
-        args.lr, args.batch, args.steps = args.lr or 5e-4, args.batch or 2, args.steps or 1500
+        scale = {"lr": 5e-4, "batch": 2, "steps": 1500}
     else:
-        args.lr, args.batch = args.lr or 1e-5, args.batch or 1
+        scale = {"lr": 1e-5, "batch": 1, "steps": None}
         if args.model is None:
             p.error("--data needs a --model: Qwen/Qwen2.5-VL-3B-Instruct, or out/demo/model, which "
                     "`python pasta.py --grid 4` makes")
-    for name in ("samples", "grid", "batch", "heldout", "workers"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name} must be 1 or more, got {getattr(args, name)}")
+    for name, value in scale.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name in ("samples", "grid", "steps", "batch", "heldout", "eval_every", "workers"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            p.error(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
     for name in ("tau1", "tau2", "lr", "clip"):
         if not getattr(args, name) > 0:
             p.error(f"--{name} must be above 0, got {getattr(args, name)}")
@@ -255,7 +259,7 @@ class Frames:
 
     def held_out(self, sample, pair):
         """Whether this pair of frames is kept from training; data with a val split keeps none."""
-        names = sorted(str(sample.images[k]) for k in pair)
+        names = sorted("/".join(sample.images[k].parts[-3:]) for k in pair)  # scene, folder, frame
         return not self.own_val and zlib.crc32("|".join(names).encode()) % 5 == 0
 
     def prepare(self, sample, pairs):
@@ -654,10 +658,14 @@ def load_encoder(model, device):
     config = Qwen2_5_VLConfig.from_pretrained(model)
     weights = {}
     for shard in sorted(model.glob("model*.safetensors")):
-        with safe_open(shard, framework="pt") as file:
-            for key in file.keys():
-                if found := VISION_KEY.fullmatch(key):
-                    weights[found[1]] = file.get_tensor(key)
+        try:
+            with safe_open(shard, framework="pt") as file:
+                for key in file.keys():
+                    if found := VISION_KEY.fullmatch(key):
+                        weights[found[1]] = file.get_tensor(key)
+        except SafetensorError as error:
+            raise geometry.DataError(
+                f"{shard}: cannot be read ({error}); an interrupted download?") from None
     encoder = Qwen2_5_VisionTransformerPretrainedModel._from_config(
         config.vision_config, dtype=torch.float32)
     lacking = sorted(set(encoder.state_dict()) - set(weights))
@@ -665,7 +673,11 @@ def load_encoder(model, device):
         raise geometry.DataError(
             f"{model}: {len(lacking)} tensors of the image encoder are not in its "
             f"model*.safetensors, visual.{lacking[0]} among them")
-    encoder.load_state_dict(weights)
+    try:
+        encoder.load_state_dict(weights)
+    except RuntimeError as error:
+        raise geometry.DataError(f"{model}: its image encoder is not what config.json says: "
+                                 f"{str(error).splitlines()[-1].strip()}") from None
     return encoder.to(device)
 
 
@@ -689,9 +701,13 @@ def save_model(model, out, encoder_weights):
             save_tensors(incoming / source.name, tensors, metadata)
         elif source.suffix in (".json", ".txt", ".jinja"):
             shutil.copyfile(source, incoming / source.name)
-    for file in sorted(incoming.iterdir()):
-        os.replace(file, out / file.name)
+    written = {file.name for file in incoming.iterdir()}
+    for name in sorted(written):
+        os.replace(incoming / name, out / name)
     incoming.rmdir()
+    for file in out.glob("model*.safetensors*"):  # shards of a former model would be read as well
+        if file.name not in written:
+            file.unlink()
 
 
 def make_demo_model(path, data, seed):
@@ -765,18 +781,33 @@ def all_sum(numbers, device):
     return total.tolist()
 
 
+def gather(names):
+    """The names that all processes hold, in one list."""
+    everyone = [names]
+    if dist.is_initialized():
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, names)
+    return [name for one in everyone for name in one]
+
+
 class Interrupt:
-    """Remembers SIGINT or SIGTERM: the loop finishes its step and saves; a second one kills."""
+    """Remembers SIGINT or SIGTERM, so that the loop can finish its step and save.
+
+    Repeats are ignored, since launchers forward what the processes have got already; only Ctrl-C
+    again, five seconds later, ends the process at once.
+    """
 
     def __init__(self):
-        self.number = 0
+        self.number = self.since = 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self)
 
     def __call__(self, number, frame):
-        self.number = number
-        signal.signal(number, signal.SIG_DFL)
-        print(f"\n{signal.Signals(number).name}: finishing this step, then saving", flush=True)
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
+            print(f"\n{signal.Signals(number).name}: finishing this step, then saving", flush=True)
+        elif number == signal.SIGINT and time.monotonic() - self.since > 5:
+            sys.exit("interrupted again: not saved")
 
 
 class Log:
@@ -841,8 +872,8 @@ def main(argv=None):
 
     # without --data or --model: rooms and a tiny model, written once in the layouts of real ones
     if args.demo:
-        say(f"Demo: rendered rooms and {args.model or 'a tiny random Qwen2.5-VL'}. "
-            "The real run is\n  python pasta.py --grid 4 --model Qwen/Qwen2.5-VL-3B-Instruct --data /path/to/spar")
+        say(f"Demo: rendered rooms and {args.model or 'a tiny random Qwen2.5-VL'}. The real run:\n"
+            "  python pasta.py --grid 4 --model Qwen/Qwen2.5-VL-3B-Instruct --data /path/to/spar")
         if rank == 0:
             geometry.render_rooms(args.data, seed=args.seed)
     if args.model is None:
@@ -940,7 +971,7 @@ def main(argv=None):
             if count and math.isfinite(loss + grad_norm):
                 record["update_norm"], trouble = optimizer.step(grad_norm), 0
             else:
-                names = ", ".join(name for name, *_ in batch)
+                names = ", ".join(gather([name for name, *_ in batch]))
                 why = (f"loss {loss}, gradient norm {grad_norm}" if count
                        else "no readable pair of views")
                 say(f"step {step} left out: {why} ({names})")
@@ -960,6 +991,8 @@ def main(argv=None):
 
             look = step == args.steps or step % args.eval_every == 0
             if rank == 0:
+                if look or stop:  # first what cannot be had again
+                    save_checkpoint(checkpoint, optimizer, step, args)
                 if look and not stop:
                     progress, _, after = evaluate(
                         encoder, held_out, frames, pool, args, device, features)
@@ -967,19 +1000,18 @@ def main(argv=None):
                     record.update(progress)
                 log.write(record)
                 print_step(record, args.steps, left)
-                if look or stop:
-                    save_checkpoint(checkpoint, optimizer, step, args)
             if stop:
                 say(f"stopped after step {step}, saved in {out}; "
                     "the same command with --resume goes on from here")
                 sys.exit(128 + (interrupt.number or signal.SIGTERM))
             tick = time.monotonic()
 
+    skipped = set(gather(sorted(frames.skipped)))
     if rank == 0:
         names = [name for name, _ in encoder.named_parameters()]
         save_model(model, out, dict(zip(names, optimizer.weights)))
-        if frames.skipped:
-            say(f"skipped {len(frames.skipped)} frames or records that cannot be read, named above")
+        if skipped:
+            say(f"skipped {len(skipped)} frames or records that cannot be read, named above")
         say(f"wrote   {out}: the model with its aligned encoder, log.jsonl, matches.png")
     if world > 1:
         dist.destroy_process_group()
@@ -990,5 +1022,7 @@ if __name__ == "__main__":
         main()
     except geometry.DataError as error:
         sys.exit(f"pasta.py: {error}")
+    except OSError as error:  # a full disk, a file where a folder should be, no permission
+        sys.exit(f"pasta.py: {error}; what was saved before is untouched")
     except KeyboardInterrupt:
         sys.exit("pasta.py: interrupted before training began; nothing to save")

@@ -160,15 +160,18 @@ def _pose_similarity(plan, gold, tau_t, tau_r, stop_penalty):
         d_t, d_r = geometry.pose_error(pose, gold)
         # "Optionally, degenerate "stop-like" predicted plans are penalized by setting
         # R_act-acc = 0."
-        if stop_penalty and _stays(pose) and not _stays(gold):
+        if stop_penalty and _stays(pose, gold):
             return 0.0
     return math.exp(-d_t / tau_t) * math.exp(-d_r / tau_r)  # Eq. 10
 
 
-def _stays(pose):
-    """Whether a pose is nearer to none at all than the smallest step of the teacher."""
-    d_t, d_r = geometry.pose_error(pose, np.eye(4))
-    return d_t < 0.01 and d_r < 1  # not in the paper
+def _stays(pose, gold):
+    """Whether a pose goes under a tenth of the way and of the turn of a gold pose that moves."""
+    least = np.array([0.01, 1.0])  # metres and degrees that are no move: rounding
+    done = np.array(geometry.pose_error(pose, np.eye(4)))
+    asked = np.array(geometry.pose_error(gold, np.eye(4)))
+    stays = done < np.maximum(0.1 * asked, least)  # not in the paper
+    return bool(stays.all() and (asked > least).any())
 
 
 # ------------------------------------------------------------------ C.3, answer accuracy reward
@@ -337,9 +340,9 @@ def _format_reward(text, response, views, block):
     # with something in them, and only white space around them.      # not in the paper: strictness
     if response.answer is None or _block(text, block) is None:
         return 0.0
-    whole = text.strip()
-    between = text[text.index(f"</{block}>") + len(block) + 3:text.index("<answer>")]
-    if not whole.startswith(f"<{block}>") or not whole.endswith("</answer>") or between.strip():
+    whole, (_, _, after) = text.strip(), text.partition(f"</{block}>")
+    if not (whole.startswith(f"<{block}>") and after.lstrip().startswith("<answer>")
+            and whole.endswith("</answer>")):
         return 0.0
     if block != "action":
         return 1.0

@@ -484,6 +484,21 @@ def test_marker_order(tmp_path, task, index, colours, where):
     assert got == wanted
 
 
+@pytest.mark.parametrize("record", [
+    {"red_point": [5, 5]}, {"red_point": [[500, 500]], "point_img_idx": [7]},
+    {"red_point": [[500, 500]], "point_img_idx": [[7]]}, {"red_bbox": [["a", 1, 2, 3]]},
+])
+def test_markers_that_cannot_be_drawn(tmp_path, record):
+    write_tree(tmp_path, task="position_matching", record=record)
+    with pytest.raises(geometry.DataError, match="scene0000_00_0: its point or box fields"):
+        geometry.load_samples(tmp_path)[0].pictures()
+
+
+def test_box_with_swapped_corners(tmp_path):
+    write_tree(tmp_path, task="position_matching", record={"red_bbox": [[600, 700, 200, 300]]})
+    assert red(geometry.load_samples(tmp_path)[0].pictures()[0]).any()
+
+
 # --- bad input: one line that names the thing
 
 
@@ -494,6 +509,7 @@ def test_marker_order(tmp_path, task, index, colours, where):
     (lambda f: (f / "image_color/1.jpg").write_bytes((f / "image_color/1.jpg").read_bytes()[:300]),
      "1.jpg: cannot be read as an image"),
     (lambda f: (f / "pose/1.txt").write_text("inf " * 16), "1.txt: holds inf or NaN"),
+    (lambda f: (f / "pose/1.txt").write_text("0 " * 16), "1.txt: not a rigid pose"),
     (lambda f: (f / "pose/1.txt").write_text("1 2 3"), "1.txt: holds 3 numbers, expected 4x4"),
     (lambda f: (f / "pose/1.txt").unlink(), "1.txt: cannot be read as a matrix"),
     (lambda f: (f / "intrinsic/intrinsic_depth.txt").write_text("1 0 0 1"),
@@ -520,7 +536,9 @@ def test_trees_that_cannot_be_read(tmp_path):
     with pytest.raises(geometry.DataError, match=r"found there: view_change_infer/sentence"):
         geometry.load_samples(tmp_path)
     path = next(tmp_path.glob("*/qa_jsonl/train/*/*/*.jsonl"))
-    for line in ("{broken", '{"id": 3}', "[1, 2, 3]", '{"conversations": 5, "image": []}'):
+    good = json.loads(path.read_text())
+    for line in ("{broken", '{"id": 3}', "[1, 2, 3]", '{"conversations": 5, "image": []}',
+                 json.dumps({**good, "image": [None]}), json.dumps({**good, "image": [3, 4]})):
         path.write_text(line + "\n")
         with pytest.raises(geometry.DataError, match="byte 0: not a SPAR record"):
             geometry.load_samples(tmp_path, kinds=("sentence",))[0]

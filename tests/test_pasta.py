@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -515,9 +516,48 @@ def test_full_disk_while_saving(root, four_steps, flags, tmp_path):
     assert not list((tmp_path / "out").glob("*.tmp"))
 
 
-def test_unreadable_frames_are_named_skipped_and_counted(root, flags, tmp_path, rooms):
-    import shutil
+def test_disk_too_full_for_a_picture(root, flags, tmp_path):
+    """The checkpoint is written before the picture; no room for either is one line."""
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
+    done = run(root, tmp_path, *flags, "--steps", 2, "--out", "out", preexec_fn=limit)
+    assert done.returncode == 1 and "Traceback" not in done.stdout
+    assert "could not save out/checkpoint.safetensors" in done.stdout.splitlines()[-1]
+
+
+def test_shards_of_a_former_model_go(root, flags, tmp_path, tiny_model):
+    """A model in one file, then one in three shards, in the same --out: the second one loads."""
+    shard_like_published(tiny_model, tmp_path / "published")
+    assert run(root, tmp_path, *flags, "--steps", 1, "--out", "out").returncode == 0
+    done = run(root, tmp_path, *flags, "--model", tmp_path / "published", "--steps", 1,
+               "--out", "out")
+    assert done.returncode == 0, done.stdout
+    assert not (tmp_path / "out/model.safetensors").exists()
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) == 3
+    Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert run(root, tmp_path, *flags, "--steps", 1, "--out", "out").returncode == 0
+    assert [f.name for f in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
+
+
+def test_models_that_cannot_be_read(tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    weights = tmp_path / "model/model.safetensors"
+    tensors = load_file(weights)
+    name = next(key for key in tensors if key.endswith("visual.merger.mlp.0.bias"))
+    save_file({**tensors, name: torch.zeros(3)}, weights)
+    with pytest.raises(geometry.DataError, match="not what config.json says: size mismatch"):
+        pasta.load_encoder(tmp_path / "model", "cpu")
+    del tensors[name]
+    save_file(tensors, weights)
+    with pytest.raises(geometry.DataError, match="1 tensors of the image encoder are not in its"):
+        pasta.load_encoder(tmp_path / "model", "cpu")
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(geometry.DataError, match="model.safetensors: cannot be read"):
+        pasta.load_encoder(tmp_path / "model", "cpu")
+
+
+def test_unreadable_frames_are_named_skipped_and_counted(root, flags, tmp_path, rooms):
     shutil.copytree(rooms, tmp_path / "data")
     broken = sorted((tmp_path / "data").glob("rooms/images/*/image_color/0.jpg"))[0]
     broken.write_bytes(broken.read_bytes()[:500])
@@ -530,8 +570,6 @@ def test_unreadable_frames_are_named_skipped_and_counted(root, flags, tmp_path, 
 
 def test_non_finite_steps_are_left_out_and_end_the_run(root, flags, tmp_path, tiny_model):
     """A NaN weight makes every step NaN: each is named, none changes a weight, five end it."""
-    import shutil
-
     shutil.copytree(tiny_model, tmp_path / "model")
     tensors = load_file(tmp_path / "model/model.safetensors")
     tensors["visual.blocks.1.norm1.weight"][0] = math.nan
@@ -550,8 +588,12 @@ def test_non_finite_steps_are_left_out_and_end_the_run(root, flags, tmp_path, ti
     (["--resume"], "out/checkpoint.safetensors: cannot be read as a checkpoint"),
     (["--grid", "0"], "--grid must be 1 or more, got 0"),
     (["--tau1", "0"], "--tau1 must be above 0, got 0.0"),
+    (["--lr", "0"], "--lr must be above 0, got 0.0"),
+    (["--steps", "0"], "--steps must be 1 or more, got 0"),
+    (["--out", "taken"], "File exists: 'taken'"),
 ])
 def test_bad_arguments(root, flags, tmp_path, change, message):
+    (tmp_path / "taken").write_text("a file")
     done = run(root, tmp_path, *flags, "--steps", 2, "--out", "out", *change)
     assert done.returncode in (1, 2) and message in done.stdout and "Traceback" not in done.stdout
 

@@ -132,7 +132,8 @@ def test_reasoning_in_words():
     assert rewards.format_reward(text, 3) == 0.0
     assert rewards.parse_response(text) == (None, "B")
     for bad in (text.replace("The camera turns right.", " "), text + "!",
-                text.replace("</think>", "")):
+                text.replace("</think>", ""), "<think><answer>B</think></answer>",
+                "<think>x<answer>B</think> foo bar</answer>", "<answer>B</answer><think>x</think>"):
         assert rewards.format_reward(bad, 3, block="think") == 0.0
     gold = GOLD._replace(answer="B", kind="select")
     assert rewards.total_reward(text, gold, block="think")["total"] == 2.0
@@ -174,6 +175,9 @@ def test_stop_like_plans():
         assert abs(act(stop, gold, stop_penalty=False) - math.exp(-0.1)) < 1e-9
         assert act(stop, []) == 1.0  # where the gold stays too, staying is right
     assert act([{"turn_left_deg": 2}], gold) > 0.8
+    far = [{"turn_left_deg": 40}, {"move_forward_m": 2}]  # a token move is no move
+    assert act([{"turn_left_deg": 3}, {"move_forward_m": 0.1}], far) == 0.0
+    assert act([{"turn_left_deg": 3}, {"move_forward_m": 0.3}], far) > 0.0
 
 
 def test_mean_over_the_required_pairs():
