@@ -331,19 +331,19 @@ def find_held_out(samples, frames, count):
     return [found[k] for k in rng.permutation(len(found))[:count]]
 
 
-def prepared_ahead(pool, frames, samples, order, args, start, rank, world):
-    """Yield each step's [(name, frames, pairs), ...] of this process, prepared ahead by `pool`."""
+def prepared_ahead(pool, prepare, order, args, start, rank, world):
+    """Yield each step's [prepare(index), ...] of this process, computed ahead by `pool`."""
     mine = range(rank, args.batch, world)
     ahead, submitted, queue = 2 + args.workers // len(mine), start, deque()
     for step in range(start, args.steps):
         while submitted < min(step + ahead, args.steps):
-            queue.append([pool.submit(_prepare, frames, samples, order(submitted * args.batch + k))
-                          for k in mine])
+            queue.append([pool.submit(prepare, order(submitted * args.batch + k)) for k in mine])
             submitted += 1
         yield [job.result() for job in queue.popleft()]
 
 
-def _prepare(frames, samples, index):
+def pairs_at(samples, frames, index):
+    """(name, frames, pairs) of sample `index`, without the held-out pairs."""
     try:
         sample = samples[index]
     except geometry.DataError as error:
@@ -504,7 +504,7 @@ def speed_up(encoder):
 
 
 class Adam:
-    """AdamW without weight decay, on one flat fp32 master copy of a model's parameters.
+    """AdamW without weight decay, on one flat fp32 master copy of what trains in a model.
 
     At lr 1e-5 most updates are smaller than the spacing of bf16 numbers: weights kept in bf16 alone
     would hardly move. So the model computes in its working dtype, while the optimiser keeps fp32
@@ -514,8 +514,8 @@ class Adam:
     """
 
     def __init__(self, model, dtype, lr, clip, betas=(0.9, 0.999), eps=1e-8):
-        self.parameters, self.lr, self.clip, self.betas, self.eps = (
-            list(model.parameters()), lr, clip, betas, eps)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.lr, self.clip, self.betas, self.eps = lr, clip, betas, eps
         self.master = torch.cat([p.detach().float().flatten() for p in self.parameters])
         self.grad, self.m, self.v = (torch.zeros_like(self.master) for _ in range(3))
         self.t = self.good = 0  # updates; updates since the loss scale last changed
@@ -529,15 +529,21 @@ class Adam:
                 p.data, p.grad = w, g
             else:
                 p.data = w.to(dtype)
+        for p in model.parameters():
+            if not p.requires_grad:  # frozen: no master copy
+                p.data = p.data.to(dtype)
 
     def backward(self, loss):
-        """The loss's fp32 gradient, summed over processes. Returns its norm, inf or NaN as well."""
+        """Add a loss's gradient, in fp32, to that of the losses before it in this step."""
         (loss * self.scale).backward()
         if not self.shared:
             for p, g in zip(self.parameters, self.grads):
                 if p.grad is not None:
-                    g.copy_(p.grad)
+                    g += p.grad.to(g.device)
                     p.grad = None
+
+    def reduce(self):
+        """Sum the gradient over processes. Returns its norm, which may be inf or NaN."""
         if dist.is_initialized():
             dist.all_reduce(self.grad)
         self.grad /= self.scale
@@ -701,6 +707,11 @@ def save_model(model, out, encoder_weights):
             save_tensors(incoming / source.name, tensors, metadata)
         elif source.suffix in (".json", ".txt", ".jinja"):
             shutil.copyfile(source, incoming / source.name)
+    move_in(incoming, out)
+
+
+def move_in(incoming, out):
+    """Move the files of a whole model from `incoming` to `out`, in place of a former model's."""
     written = {file.name for file in incoming.iterdir()}
     for name in sorted(written):
         os.replace(incoming / name, out / name)
@@ -769,7 +780,8 @@ def start_processes():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # both, since --offload keeps gradients in host memory
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
 
 
@@ -831,13 +843,14 @@ class Log:
             file.write(json.dumps(record) + "\n")
 
 
-def print_trainable(model):
-    """What trains: parameters of each part."""
-    for name, child in model.named_children():
-        count = sum(p.numel() for p in child.parameters())
-        if count:
-            print(f"  trains  {name:14} {count:>13,}")
-    print(f"  trains  {'in all':14} {sum(p.numel() for p in model.parameters()):>13,} parameters")
+def print_trainable(model, parts):
+    """What trains and what is frozen: parameters of each of the named submodules."""
+    for name in parts:
+        parameters = list(model.get_submodule(name).parameters())
+        verb = "trains" if any(p.requires_grad for p in parameters) else "frozen"
+        print(f"  {verb}  {name:21} {sum(p.numel() for p in parameters):>13,}")
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"  trains  {'in all':21} {count:>13,} parameters")
 
 
 def print_step(record, steps, left):
@@ -928,7 +941,7 @@ def main(argv=None):
     say(f"model   {args.model}: image encoder in {precision} on {device}, fp32 master weights; "
         f"torch {torch.__version__}, transformers {transformers.__version__}")
     if rank == 0:
-        print_trainable(encoder)
+        print_trainable(encoder, ("patch_embed", "blocks", "merger"))
     say(f"memory  {size * (16 if optimizer.shared else 16 + 2 * dtype.itemsize) / 2**30:.2f} GiB "
         "of weights, gradients and moments, and the activations of "
         f"{'one block' if not args.no_recompute else 'all blocks'} at a time\n"
@@ -948,7 +961,8 @@ def main(argv=None):
 
         trouble, interrupt, clock_start = 0, Interrupt(), time.monotonic()
         tick = clock_start
-        batches = prepared_ahead(pool, frames, samples, order, args, start, rank, world)
+        prepare = partial(pairs_at, samples, frames)
+        batches = prepared_ahead(pool, prepare, order, args, start, rank, world)
         for step, batch in enumerate(batches, start + 1):
             ready, pairs = [], []
             for _, its_frames, its_pairs in batch:
@@ -957,14 +971,14 @@ def main(argv=None):
             # |P| counts the pairs of all processes, so that their gradients add up to those of one
             # process with all
             count, stop = all_sum([len(pairs), interrupt.number], device)
+            loss = excess = 0.0
             if pairs:
                 e = encode(encoder, ready, args.grid, device)
                 loss, excess = alignment_loss(e, pairs, count, args)
-            else:  # nothing readable here, but the other processes wait for a gradient: zero
-                loss = optimizer.parameters[0].sum() * 0
-                excess = loss.detach()
-            grad_norm = optimizer.backward(loss)
-            loss, excess = all_sum([loss.item(), excess.item()], device)
+                optimizer.backward(loss)
+                loss, excess = loss.item(), excess.item()
+            grad_norm = optimizer.reduce()
+            loss, excess = all_sum([loss, excess], device)
 
             record = {"step": step, "loss": loss, "excess": excess, "grad_norm": grad_norm,
                       "update_norm": 0.0}

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +133,8 @@ def training_step(name, config, size, steps, rounds=5):
         order = pasta.sample_order(range(len(samples)), 0)
         library, encoder = make_encoder(config), pasta.speed_up(make_encoder(config))
         optimizer = pasta.Adam(encoder, torch.float32, 1e-5, 1.0)
-        stored = [pasta._prepare(frames, samples, order(k))[1] for k in range(steps)]
+        prepare = partial(pasta.pairs_at, samples, frames)
+        stored = [prepare(order(k))[1] for k in range(steps)]
         times = {"pasta": [], "bare": [], "library": []}
 
         def forward_backward(tower):
@@ -143,11 +145,12 @@ def training_step(name, config, size, steps, rounds=5):
 
         def train():
             with ThreadPoolExecutor(args.workers) as pool:
-                for batch in pasta.prepared_ahead(pool, frames, samples, order, args, 0, 0, 1):
+                for batch in pasta.prepared_ahead(pool, prepare, order, args, 0, 0, 1):
                     _, ready, pairs = batch[0]
                     e = pasta.encode(encoder, ready, args.grid, "cpu")
                     loss, _ = pasta.alignment_loss(e, pairs, len(pairs), args)
-                    optimizer.step(optimizer.backward(loss))
+                    optimizer.backward(loss)
+                    optimizer.step(optimizer.reduce())
 
         names = ("pasta", "bare", "library")
         functions = (train, lambda: forward_backward(encoder), lambda: forward_backward(library))
@@ -211,7 +214,8 @@ def real_size():
         def step():
             e = pasta.encode(encoder, ready, args.grid, "cuda")
             loss, _ = pasta.alignment_loss(e, pairs, len(pairs), args)
-            optimizer.step(optimizer.backward(loss))
+            optimizer.backward(loss)
+            optimizer.step(optimizer.reduce())
             torch.cuda.synchronize()
 
         (seconds,) = interleaved([step], 20)

@@ -1,5 +1,9 @@
-"""Shared by the tests: rooms and a tiny model, made once; real frames, if they are there."""
+"""Shared by the tests: rooms and a tiny model, made once; real frames, if they are there; command
+lines."""
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +17,24 @@ import geometry  # noqa: E402
 import pasta  # noqa: E402
 
 torch.set_num_threads(2)  # the same everywhere: sums, and so bits, depend on it
+
+
+def run(script, root, cwd, *flags, processes=1, **popen):
+    """The command line, as a user types it. Returns the finished process."""
+    start = [sys.executable] if processes == 1 else [
+        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+        "--master_port=29417"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([*start, str(root / script), *map(str, flags)], cwd=cwd, env=env,
+                          text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
+                          **popen)
+
+
+def records(out):
+    """The lines of a log.jsonl without its first."""
+    head, *lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert set(head) == {"args", "versions"}
+    return lines
 
 
 @pytest.fixture(scope="session")

@@ -9,34 +9,22 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
+import conftest
 import geometry
 import pasta
+from conftest import records
 
 
-def run(root, cwd, *flags, processes=1, **popen):
-    """The command line, as a user types it. Returns the finished process."""
-    start = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
-        "--master_port=29417"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([*start, str(root / "pasta.py"), *map(str, flags)], cwd=cwd, env=env,
-                          text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
-                          **popen)
-
-
-def records(out):
-    head, *lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert set(head) == {"args", "versions"}
-    return lines
+run = partial(conftest.run, "pasta.py")
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +239,8 @@ def test_gradient_reaches_the_whole_encoder_and_learning_lowers_the_loss(tiny_mo
     optimizer, losses = pasta.Adam(encoder, torch.float32, 1e-3, 1.0), []
     for step in range(8):
         loss, _ = pasta.alignment_loss(pasta.encode(encoder, frames, 4, "cpu"), pairs, 3, args)
-        norm = optimizer.backward(loss)
+        optimizer.backward(loss)
+        norm = optimizer.reduce()
         if step == 0:
             assert all(float(g.norm()) > 0 for g in optimizer.grads)
         change = optimizer.step(norm)
@@ -275,7 +264,8 @@ def test_adam_equals_the_library():
     mine = pasta.Adam(ours, torch.float32, 1e-2, 0.5)
     library = torch.optim.AdamW(theirs.parameters(), 1e-2, weight_decay=0.0)
     for _ in range(20):
-        mine.step(mine.backward(ours(x).square().sum()))
+        mine.backward(ours(x).square().sum())
+        mine.step(mine.reduce())
         library.zero_grad()
         theirs(x).square().sum().backward()
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
@@ -288,7 +278,8 @@ def test_update_norm_is_the_change_of_the_weights():
     model = small()
     optimizer = pasta.Adam(model, torch.float32, 1e-2, 1.0)
     before = optimizer.master.clone()
-    change = optimizer.step(optimizer.backward(model(torch.ones(3, 6)).sum()))
+    optimizer.backward(model(torch.ones(3, 6)).sum())
+    change = optimizer.step(optimizer.reduce())
     assert abs(change - float((optimizer.master - before).norm())) < 1e-6
 
 
@@ -300,10 +291,12 @@ def test_master_weights_move_where_working_weights_cannot(dtype):
     assert next(model.parameters()).dtype == dtype
     start, working = optimizer.master.clone(), model[0].weight.detach().clone()
     x = torch.ones(4, 6, dtype=dtype)
-    optimizer.step(optimizer.backward(model(x).float().mean() / 100))
+    optimizer.backward(model(x).float().mean() / 100)
+    optimizer.step(optimizer.reduce())
     stuck = float((model[0].weight == working).float().mean())
     for _ in range(99):
-        optimizer.step(optimizer.backward(model(x).float().mean() / 100))
+        optimizer.backward(model(x).float().mean() / 100)
+        optimizer.step(optimizer.reduce())
     assert stuck > 0.5
     assert abs(float((optimizer.master - start).abs().median()) - 1e-3) < 1e-4
     assert torch.equal(model[0].weight.flatten(), optimizer.master[:96].to(dtype))
@@ -314,11 +307,13 @@ def test_fp16_loss_scale():
     model = small()
     optimizer = pasta.Adam(model, torch.float16, 1e-3, 1.0)
     x = torch.ones(4, 6, dtype=torch.float16)
-    norm = optimizer.backward(model(x).float().sum() * 1e-7)
+    optimizer.backward(model(x).float().sum() * 1e-7)
+    norm = optimizer.reduce()
     assert optimizer.scale == 2**16 and 1e-8 < norm < 1e-5
     optimizer.step(norm)
     before = optimizer.master.clone()
-    assert not math.isfinite(optimizer.backward(model(x).float().sum() * 1e4))
+    optimizer.backward(model(x).float().sum() * 1e4)
+    assert not math.isfinite(optimizer.reduce())
     assert optimizer.skip() and optimizer.scale == 2**15 and torch.equal(optimizer.master, before)
     assert float(optimizer.grad.abs().sum()) == 0
 
