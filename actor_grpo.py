@@ -200,7 +200,8 @@ def sample_tokens(logits, u, temperature, banned):
     logits = logits.float() / temperature
     logits[:, banned] = -math.inf
     steps = torch.softmax(logits, -1).double().cumsum(-1)  # (N, W)
-    return torch.searchsorted(steps, u[:, None] * steps[:, -1:], right=True)[:, 0]
+    token = torch.searchsorted(steps, u[:, None] * steps[:, -1:], right=True)[:, 0]
+    return token.clamp(max=logits.shape[-1] - 1)  # for NaN, which the loss will tell of
 
 
 def uniforms(seed, step, prompt, G, T):
@@ -224,6 +225,12 @@ def prompt_and_completions(layer, q, k, v, L, G, mask):
     return torch.cat([prompt, completions.transpose(0, 1).flatten(1, 2)[None]], dim=2)
 
 
+def row_positions(prompt, G, T):
+    """Rotary positions (3, L + G * T) of a row: every completion goes on at the prompt's end."""
+    after = prompt.positions.max() + 1 + torch.arange(T)
+    return torch.cat([prompt.positions, after.repeat(G).expand(3, -1)], dim=1)
+
+
 def group_log_probs(model, prompt, tokens, mask, temperature, images=None):
     """log p of every completion token, (G, T) fp32, 0 where mask is False.
 
@@ -234,11 +241,10 @@ def group_log_probs(model, prompt, tokens, mask, temperature, images=None):
     ids = prompt.ids.to(device)
     features = torch.cat([embed(model, ids, prompt.patches, prompt.grids, images),
                           model.get_input_embeddings()(tokens.flatten())])  # (L + G * T, D)
-    after = prompt.positions.max() + 1 + torch.arange(T)  # every completion goes on at the prompt
-    positions = torch.cat([prompt.positions, after.repeat(G).expand(3, -1)], dim=1).to(device)
     sees = torch.ones(T, L + T, dtype=torch.bool, device=device).tril(L)
     hidden = model.model.language_model(
-        inputs_embeds=features[None], position_ids=positions[:, None],
+        inputs_embeds=features[None],
+        position_ids=row_positions(prompt, G, T)[:, None].to(device),
         attention_mask={"full_attention": None}, use_cache=False,
         layout=partial(prompt_and_completions, L=L, G=G, mask=sees)).last_hidden_state[0]
     # the features of a token predict the one after it; the prompt's last one, every first token
@@ -823,18 +829,23 @@ def load_model(path, args, device):
         lacking = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
         raise geometry.DataError(f"{path}: {len(lacking)} tensors are missing or have another "
                                  f"shape than config.json says, {lacking[0]} among them")
-    frozen = {"vision": model.model.visual, "language": model.model.language_model}
-    if args.freeze:
-        frozen[args.freeze].requires_grad_(False)
-    speed_up(model.model.visual)
-    for layer in model.model.language_model.layers:
-        layer.self_attn.forward = partial(attend, layer.self_attn, layer.self_attn.forward)
-    if not args.no_recompute:
-        for block in (*model.model.visual.blocks, *model.model.language_model.layers):
-            recompute_in_backward(block)
+    prepare_model(model, args.freeze, not args.no_recompute)
     if not args.offload:
         model.to(device)
     return model, tokenizer
+
+
+def prepare_model(model, freeze, recompute):
+    """Freeze "vision", "language" or None, and put this file's attention and recomputing in."""
+    if freeze:
+        part = model.model.visual if freeze == "vision" else model.model.language_model
+        part.requires_grad_(False)
+    speed_up(model.model.visual)
+    for layer in model.model.language_model.layers:
+        layer.self_attn.forward = partial(attend, layer.self_attn, layer.self_attn.forward)
+    if recompute:
+        for block in (*model.model.visual.blocks, *model.model.language_model.layers):
+            recompute_in_backward(block)
 
 
 def save_whole_model(model, source, out):

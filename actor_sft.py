@@ -758,18 +758,23 @@ def load_model(path, args, device):
         lacking = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
         raise geometry.DataError(f"{path}: {len(lacking)} tensors are missing or have another "
                                  f"shape than config.json says, {lacking[0]} among them")
-    frozen = {"vision": model.model.visual, "language": model.model.language_model}
-    if args.freeze:
-        frozen[args.freeze].requires_grad_(False)
-    speed_up(model.model.visual)
-    for layer in model.model.language_model.layers:
-        layer.self_attn.forward = partial(attend, layer.self_attn, layer.self_attn.forward)
-    if not args.no_recompute:
-        for block in (*model.model.visual.blocks, *model.model.language_model.layers):
-            recompute_in_backward(block)
+    prepare_model(model, args.freeze, not args.no_recompute)
     if not args.offload:
         model.to(device)
     return model, tokenizer
+
+
+def prepare_model(model, freeze, recompute):
+    """Freeze "vision", "language" or None, and put this file's attention and recomputing in."""
+    if freeze:
+        part = model.model.visual if freeze == "vision" else model.model.language_model
+        part.requires_grad_(False)
+    speed_up(model.model.visual)
+    for layer in model.model.language_model.layers:
+        layer.self_attn.forward = partial(attend, layer.self_attn, layer.self_attn.forward)
+    if recompute:
+        for block in (*model.model.visual.blocks, *model.model.language_model.layers):
+            recompute_in_backward(block)
 
 
 def save_whole_model(model, source, out):

@@ -747,7 +747,7 @@ def _pick_cameras(room, rng, size):
     small = 32
     K_small = K * [[small / size], [small / size], [1]]
     for _ in range(100):
-        views, first = [], None
+        views = []
         for _ in range(30):
             position = np.array([*rng.uniform(0.4, room.size[:2] - 0.4), rng.uniform(1.2, 1.7)])
             if any(np.hypot(*(position - s.centre)[:2]) < np.hypot(*s.half[:2]) + 0.3

@@ -54,6 +54,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel, apply_rotary_pos_emb_vision)
 
 import geometry
+import rewards
 
 DEMO = Path("out/demo")
 
@@ -730,13 +731,10 @@ def make_demo_model(path, data, seed):
     stamp = path.with_suffix(".json")
     if stamp.exists() and json.loads(stamp.read_text()) == {"seed": seed}:
         return
-    texts = []
+    texts = [rewards.ACTION_INSTRUCTION, rewards.ANSWER_INSTRUCTION, rewards.LANGUAGE_INSTRUCTION]
     for sample in geometry.load_samples(data):
-        texts.append(f"{sample.question}\n{sample.answer}")
-        if sample.task == "view_change_infer":  # and the plan that ActoR will learn to write
-            poses = [sample.pose(k) for k in range(2)]
-            texts.append(json.dumps(geometry.actions_from_pose(geometry.relative_pose(*poses)),
-                                    separators=(",", ":")))
+        gold = rewards.gold_of(sample)
+        texts += [sample.question, sample.answer, rewards.write_response(gold.actions, gold.answer)]
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
                "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
     tokenizer = transformers.Qwen2Tokenizer().train_new_from_iterator(
@@ -745,8 +743,8 @@ def make_demo_model(path, data, seed):
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer), "hidden_size": 192, "intermediate_size": 512,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 8192,
+            "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2,
+            "max_position_embeddings": 8192, "initializer_range": 0.08,  # see below
             "rope_parameters": {
                 "rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]},
             "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],

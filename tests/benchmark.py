@@ -1,9 +1,12 @@
-"""Speed and memory, as ratios within one run: python tests/benchmark.py pasta|index|rewards
+"""Speed and memory, as ratios within one run: python tests/benchmark.py WHAT
 
     pasta   Eq. 1 against a warp of every pixel; a training step against the bare encoder; memory;
             on a CUDA GPU also Qwen2.5-VL-3B's vision tower at its real size
     index   a million lines of annotations
     rewards 32 completions about three views, as one step of reinforcement learning scores
+    sft     tokens/s beside transformers.Trainer (needs accelerate); memory of the loss at Qwen's
+            151,936 words; on a CUDA GPU also the 3B configuration
+    grpo    a step with one sequence a group beside G separate rows; on a CUDA GPU also at 3B
 
 Medians of interleaved repetitions. Nothing here is a test: machines differ, ratios less so.
 """
@@ -23,12 +26,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import Qwen2_5_VLConfig
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import actor_grpo  # noqa: E402
+import actor_sft  # noqa: E402
 import geometry  # noqa: E402
 import pasta  # noqa: E402
 import rewards  # noqa: E402
@@ -280,15 +285,313 @@ def reward_step():
     print(f"rewards of 32 completions about three views: {seconds * 1e3:.1f} ms")
 
 
+# ------------------------------------------------------------------------ supervised fine-tuning
+
+
+def demo_examples(folder, size=224):
+    """The demo's tiny model and examples of both forms: (directory, {"equal", "mixed"} batches)."""
+    data = geometry.render_rooms(Path(folder) / "data", rooms=24, size=size)
+    path = Path(folder) / "model"
+    pasta.make_demo_model(path, data, seed=0)
+    args = actor_sft.parse_args(["--max-pixels", str(size * size)])
+    tokenizer = actor_sft.AutoTokenizer.from_pretrained(path)
+    examples = actor_sft.Examples(args, tokenizer)
+    made = [examples.make(sample, form) for form in ("actions", "answer")
+            for sample in geometry.load_samples(data, tasks=geometry.MULTI_VIEW_TASKS)]
+    made = [made[k] for k in np.random.default_rng(0).permutation(len(made))]
+    three = sorted((e for e in made if e.form == "actions" and e.gold.views == 3),
+                   key=lambda e: len(e.ids))
+    middle = len(three) // 2 - 16
+    return path, {"equal": [three[middle + 8 * k:middle + 8 * k + 8] for k in range(4)],
+                  "mixed": [made[8 * k:8 * k + 8] for k in range(4)]}
+
+
+def padded(examples, image_token):
+    """A batch in the usual form: padded on the right, -100 where nothing is trained."""
+    L = max(len(e.ids) for e in examples)
+    ids, seen = torch.zeros(len(examples), L).long(), torch.zeros(len(examples), L).long()
+    labels = torch.full((len(examples), L), -100)
+    for b, e in enumerate(examples):
+        ids[b, :len(e.ids)], seen[b, :len(e.ids)] = e.ids, 1
+        labels[b, e.prompt:len(e.ids)] = e.ids[e.prompt:]
+    return {"input_ids": ids, "attention_mask": seen, "labels": labels,
+            "pixel_values": torch.cat([e.patches for e in examples]),
+            "image_grid_thw": actor_sft.grids_of(examples),
+            "mm_token_type_ids": (ids == image_token).int()}
+
+
+def our_sft_steps(path, batches):
+    args = actor_sft.parse_args([])
+    model, _ = actor_sft.load_model(path, args, torch.device("cpu"))
+    optimizer = actor_sft.Adam(model, torch.float32, 1e-5, 1.0)
+
+    def steps():
+        for batch in batches:
+            for row in actor_sft.pack(batch, model.config.image_token_id, args.max_tokens):
+                log_p, _ = actor_sft.response_log_probs(model, row, torch.device("cpu"))
+                optimizer.backward(-log_p.mean())
+            optimizer.step(optimizer.reduce())
+
+    return steps
+
+
+def trainer_steps(path, batches):
+    """transformers.Trainer on the same batches; it stays as it comes, with its own AdamW."""
+    from transformers import Trainer, TrainingArguments
+
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path)
+    image_token = model.config.image_token_id
+    flat = [example for batch in batches for example in batch]
+
+    def steps():
+        with tempfile.TemporaryDirectory() as out:
+            arguments = TrainingArguments(
+                out, per_device_train_batch_size=len(batches[0]), max_steps=len(batches),
+                learning_rate=1e-5, lr_scheduler_type="constant", weight_decay=0.0, use_cpu=True,
+                remove_unused_columns=False, report_to=[], save_strategy="no", logging_steps=1000,
+                disable_tqdm=True)
+            trainer = Trainer(model, arguments, train_dataset=flat,
+                              data_collator=lambda some: padded(some, image_token))
+            trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(flat)
+            trainer.train()
+
+    return steps
+
+
+def sft():
+    try:
+        import accelerate  # noqa: F401
+    except ImportError:
+        sys.exit("benchmark.py sft: transformers.Trainer needs it: pip install accelerate")
+    with tempfile.TemporaryDirectory() as folder:
+        path, sets = demo_examples(folder)
+        for name, batches in sets.items():
+            lengths = [[len(e.ids) for e in batch] for batch in batches]
+            real = sum(map(sum, lengths))
+            padding = 1 - real / sum(len(one) * max(one) for one in lengths)
+            theirs, ours = interleaved(
+                [trainer_steps(path, batches), our_sft_steps(path, batches)], 5)
+            print(f"sft, samples of {name} length, 8 a step: Trainer {real / theirs:,.0f} tokens/s "
+                  f"({padding:.0%} padding beside them), packed rows {real / ours:,.0f} "
+                  f"(no padding): {theirs / ours:.2f}x", flush=True)
+    for what in ("trainer", "ours", "plain-loss", "chunked-loss"):
+        peak = float(subprocess.run([sys.executable, __file__, "peak-memory", "--of", what],
+                                    capture_output=True, text=True, check=True).stdout.split()[-1])
+        print(f"peak memory, {what}: {peak:.0f} MB", flush=True)
+    real_sft()
+
+
+def sft_peak(what):
+    with tempfile.TemporaryDirectory() as folder:
+        path, sets = demo_examples(folder)
+        steps = (trainer_steps if what == "trainer" else our_sft_steps)(path, sets["mixed"])
+        before = peak_rss()
+        steps()
+        print(peak_rss() - before)
+
+
+def loss_peak(what, W=151_936, D=128, T=2000):
+    """Forward and backward of the loss alone, Qwen's vocabulary: above weight and its gradient."""
+    hidden = torch.randn(T, D, requires_grad=True)
+    weight = (torch.randn(W, D) / 10).requires_grad_()
+    targets = torch.randint(W, (T,))
+    weight.grad = torch.zeros_like(weight)
+    room = torch.ones_like(weight)  # what autograd's own gradient will take
+    before = peak_rss()
+    del room
+    if what == "plain-loss":
+        torch.nn.functional.cross_entropy(hidden @ weight.T, targets).backward()
+    else:
+        (-actor_sft.TokenLogProbs.apply(hidden, weight, targets)[0].mean()).backward()
+    print(peak_rss() - before)
+
+
+def published_3b():
+    """Qwen2.5-VL-3B-Instruct's configuration, from its config.json, with random weights."""
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 11_008,
+            "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
+            "max_position_embeddings": 128_000, "rms_norm_eps": 1e-6,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}},
+        vision_config=REAL, tie_word_embeddings=True, image_token_id=151_655,
+        video_token_id=151_656, vision_start_token_id=151_652, vision_end_token_id=151_653)
+
+
+def real_sft():
+    """One sample of three 448x448 images, 250 response tokens, at 3B."""
+    if not torch.cuda.is_available():
+        print("sft at 3B: not measured, no CUDA GPU here")
+        return
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    (matmul,) = interleaved([lambda: ((a @ b), torch.cuda.synchronize())], 20)
+    rate = 2 * 8192**3 / matmul
+    del a, b
+    for offload in (False, True):
+        torch.cuda.empty_cache()
+        with torch.device("cpu" if offload else "cuda"):
+            model = Qwen2_5_VLForConditionalGeneration(published_3b())
+        actor_sft.prepare_model(model, None, recompute=True)
+        optimizer = actor_sft.Adam(model, torch.bfloat16, 1e-5, 1.0)
+        model.to("cuda")
+        prompt = torch.cat([torch.full((40,), 9707), *(
+            torch.tensor([151_652, *[151_655] * 256, 151_653]) for _ in range(3)),
+            torch.full((120,), 9707)])
+        example = actor_sft.Example("", torch.cat([prompt, torch.full((250,), 1000)]), len(prompt),
+                                    torch.randn(3 * 1024, 1176), [(16, 16)] * 3, None, "actions")
+        (row,) = actor_sft.pack([example], 151_655, 8192)
+        torch.cuda.reset_peak_memory_stats()
+
+        def step():
+            log_p, _ = actor_sft.response_log_probs(model, row, torch.device("cuda"))
+            optimizer.backward(-log_p.mean())
+            optimizer.step(optimizer.reduce())
+            torch.cuda.synchronize()
+
+        (seconds,) = interleaved([step], 3 if offload else 10)
+        text = sum(p.numel() for p in model.model.language_model.layers.parameters())
+        vision = sum(p.numel() for p in model.model.visual.parameters())
+        useful = 6 * (text * len(row.ids) + vision * 3072 + 151_936 * 2048 * 250)
+        print(f"sft at 3B, three 448x448 images, 250 response tokens{', --offload' * offload}: "
+              f"{len(row.ids) / seconds:,.0f} tokens/s, peak "
+              f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, {useful / seconds / rate:.0%} "
+              f"of the {rate / 1e12:.0f} TFLOP/s that a bf16 matrix product of 8192 reaches here")
+        del model, optimizer
+
+
+# ----------------------------------------------------------------------------------- GRPO
+
+
+def grpo_setting(folder, size, G, T):
+    """The tiny model twice, a prompt of three images, random completions of T tokens."""
+    data = geometry.render_rooms(Path(folder) / f"data{size}", rooms=2, size=size, held_out=0)
+    path = Path(folder) / "model"
+    if not path.exists():
+        pasta.make_demo_model(path, data, seed=0)
+    args = actor_grpo.parse_args(["--max-pixels", str(size * size)])
+    args.no_recompute = True
+    model, tokenizer = actor_grpo.load_model(path, args, torch.device("cpu"))
+    plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(path)
+    prompts = actor_grpo.Prompts(args, tokenizer, model.config.image_token_id)
+    sample = geometry.load_samples(data, tasks=("depth_prediction_oc_mv",))[0]
+    tokens = torch.randint(10, 500, (G, T), generator=torch.Generator().manual_seed(0))
+    return model, plain, prompts.make(sample), tokens, tokenizer
+
+
+def one_sequence_phases(model, prompt, tokens, banned):
+    G, T = tokens.shape
+    mask, A = torch.ones_like(tokens, dtype=torch.bool), torch.linspace(-1, 1, G)
+    noise = actor_grpo.uniforms(0, 0, 0, G, T)[None]
+
+    def rollout():
+        with torch.no_grad():
+            actor_grpo.rollout(model, [prompt], noise, [T], 1.0, banned, [-1], [None])
+
+    def reference():
+        with torch.no_grad():
+            return actor_grpo.group_log_probs(model, prompt, tokens, mask, 1.0)
+
+    def policy():
+        log_p = actor_grpo.group_log_probs(model, prompt, tokens, mask, 1.0)
+        old = log_p.detach()
+        actor_grpo.grpo_loss(log_p, old, old, A, mask, 0.2, 0.01)[0].backward()
+
+    return rollout, reference, policy
+
+
+def separate_row_phases(model, prompt, tokens):
+    """The same with G rows, each with the whole prompt and its images, by the plain model call and
+    the library's `generate`; logits of the completions only."""
+    G, T = tokens.shape
+    mask, A = torch.ones_like(tokens, dtype=torch.bool), torch.linspace(-1, 1, G)
+    ids = torch.cat([prompt.ids.expand(G, -1), tokens], dim=1)
+    image = {"pixel_values": prompt.patches.repeat(G, 1),
+             "image_grid_thw": prompt.grids.repeat(G, 1)}
+
+    def log_probs():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **image,
+                       mm_token_type_ids=(ids == model.config.image_token_id).int(),
+                       logits_to_keep=T + 1).logits[:, :-1]
+        return torch.log_softmax(logits, -1).gather(-1, tokens[..., None])[..., 0]
+
+    def rollout():
+        one = ids[:1, :-T]
+        model.generate(
+            input_ids=one, attention_mask=torch.ones_like(one), pixel_values=prompt.patches,
+            image_grid_thw=prompt.grids, do_sample=True, top_k=0, num_return_sequences=G,
+            mm_token_type_ids=(one == model.config.image_token_id).int(),
+            max_new_tokens=T, min_new_tokens=T, pad_token_id=0)
+
+    def reference():
+        with torch.no_grad():
+            return log_probs()
+
+    def policy():
+        log_p = log_probs()
+        old = log_p.detach()
+        actor_grpo.grpo_loss(log_p, old, old, A, mask, 0.2, 0.01)[0].backward()
+
+    return rollout, reference, policy
+
+
+def grpo(G=8, T=96):
+    for size in (224, 448):
+        with tempfile.TemporaryDirectory() as folder:
+            model, plain, prompt, tokens, tokenizer = grpo_setting(folder, size, G, T)
+            banned = tokenizer.convert_tokens_to_ids(actor_grpo.BANNED)
+            ours = one_sequence_phases(model, prompt, tokens, banned)
+            theirs = separate_row_phases(plain, prompt, tokens)
+            difference = float((ours[1]() - theirs[1]()).abs().max())
+            seconds = interleaved([*ours, *theirs], 5)
+            print(f"grpo, three {size}x{size} images, {len(prompt.ids)} prompt tokens, {G} "
+                  f"completions of {T} (log p differs by {difference:.0e}):")
+            for k, name in enumerate(("rollout", "reference", "policy")):
+                print(f"  {name:9}  one sequence {seconds[k]:.2f} s, separate rows "
+                      f"{seconds[k + 3]:.2f} s: {seconds[k + 3] / seconds[k]:.1f}x")
+            one, rows = sum(seconds[:3]), sum(seconds[3:])
+            print(f"  in all     one sequence {one:.2f} s, separate rows {rows:.2f} s: "
+                  f"{rows / one:.1f}x", flush=True)
+        peaks = [float(subprocess.run(
+            [sys.executable, __file__, "peak-memory", "--of", what, "--size", str(size)],
+            capture_output=True, text=True, check=True).stdout.split()[-1])
+            for what in ("one-sequence", "separate-rows")]
+        print(f"  peak memory of the policy pass: {peaks[0]:.0f} MB, separate rows "
+              f"{peaks[1]:.0f} MB: {peaks[1] / peaks[0]:.1f}x", flush=True)
+
+
+def grpo_peak(what, size):
+    with tempfile.TemporaryDirectory() as folder:
+        model, plain, prompt, tokens, _ = grpo_setting(folder, size, 8, 96)
+        phases = (one_sequence_phases(model, prompt, tokens, []) if what == "one-sequence"
+                  else separate_row_phases(plain, prompt, tokens))
+        before = peak_rss()
+        phases[2]()
+        print(peak_rss() - before)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("pasta", "index", "rewards", "peak-memory"))
+    parser.add_argument(
+        "what", choices=("pasta", "index", "rewards", "sft", "grpo", "peak-memory"))
     parser.add_argument("--recompute", action="store_true", help="of peak-memory")
+    parser.add_argument("--of", help="of peak-memory: whose")
+    parser.add_argument("--size", type=int, default=224, help="of peak-memory: of images")
     chosen = parser.parse_args()
     if chosen.what == "index":
         index(1_000_000)
     elif chosen.what == "rewards":
         reward_step()
+    elif chosen.what == "sft":
+        sft()
+    elif chosen.what == "grpo":
+        grpo()
+    elif chosen.of in ("trainer", "ours"):
+        sft_peak(chosen.of)
+    elif chosen.of in ("plain-loss", "chunked-loss"):
+        loss_peak(chosen.of)
+    elif chosen.of:
+        grpo_peak(chosen.of, chosen.size)
     elif chosen.what == "peak-memory":
         peak_memory(chosen.recompute)
     else:
