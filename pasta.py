@@ -530,6 +530,7 @@ class Adam:
                 p.data, p.grad = w, g
             else:
                 p.data = w.to(dtype)
+                p.register_post_accumulate_grad_hook(partial(self.take, g))
         for p in model.parameters():
             if not p.requires_grad:  # frozen: no master copy
                 p.data = p.data.to(dtype)
@@ -537,11 +538,12 @@ class Adam:
     def backward(self, loss):
         """Add a loss's gradient, in fp32, to that of the losses before it in this step."""
         (loss * self.scale).backward()
-        if not self.shared:
-            for p, g in zip(self.parameters, self.grads):
-                if p.grad is not None:
-                    g += p.grad.to(g.device)
-                    p.grad = None
+
+    @staticmethod
+    def take(g, p):
+        """Called when p's gradient is there: the 16-bit ones never exist all at once."""
+        g += p.grad.to(g.device)
+        p.grad = None
 
     def reduce(self):
         """Sum the gradient over processes. Returns its norm, which may be inf or NaN."""
@@ -940,7 +942,7 @@ def main(argv=None):
         f"torch {torch.__version__}, transformers {transformers.__version__}")
     if rank == 0:
         print_trainable(encoder, ("patch_embed", "blocks", "merger"))
-    say(f"memory  {size * (16 if optimizer.shared else 16 + 2 * dtype.itemsize) / 2**30:.2f} GiB "
+    say(f"memory  {size * (16 if optimizer.shared else 16 + dtype.itemsize) / 2**30:.2f} GiB "
         "of weights, gradients and moments, and the activations of "
         f"{'one block' if not args.no_recompute else 'all blocks'} at a time\n"
         f"batch   {args.batch} samples a step over {world} process(es), all their pairs; "

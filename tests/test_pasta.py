@@ -570,7 +570,7 @@ def test_non_finite_steps_are_left_out_and_end_the_run(root, flags, tmp_path, ti
     tensors["visual.blocks.1.norm1.weight"][0] = math.nan
     save_file(tensors, tmp_path / "model/model.safetensors", {"format": "pt"})
     done = run(root, tmp_path, *flags, "--model", "model", "--steps", 20, "--out", "out")
-    assert done.returncode == 1 and "Traceback" not in done.stdout
+    assert done.returncode == 1
     assert done.stdout.count("left out: loss nan") == 5 and "(room_0000" in done.stdout
     assert "five steps in a row were not finite" in done.stdout.splitlines()[-1]
 
@@ -585,12 +585,21 @@ def test_non_finite_steps_are_left_out_and_end_the_run(root, flags, tmp_path, ti
     (["--tau1", "0"], "--tau1 must be above 0, got 0.0"),
     (["--lr", "0"], "--lr must be above 0, got 0.0"),
     (["--steps", "0"], "--steps must be 1 or more, got 0"),
-    (["--out", "taken"], "File exists: 'taken'"),
 ])
 def test_bad_arguments(root, flags, tmp_path, change, message):
-    (tmp_path / "taken").write_text("a file")
     done = run(root, tmp_path, *flags, "--steps", 2, "--out", "out", *change)
-    assert done.returncode in (1, 2) and message in done.stdout and "Traceback" not in done.stdout
+    assert done.returncode in (1, 2) and message in done.stdout
+
+
+def test_errors_are_one_line(root, flags, tmp_path):
+    """As a user sees them: what ends the process is its last line, and no traceback."""
+    (tmp_path / "taken").write_text("a file")
+    for change, message in ((["--out", "taken"], "File exists: 'taken'"),
+                            (["--data", "nowhere"], "nowhere: no such directory")):
+        done = run(root, tmp_path, *flags, "--steps", 2, *change, env=None)
+        assert done.returncode == 1 and "Traceback" not in done.stdout
+        assert done.stdout.splitlines()[-1].startswith("pasta.py: ")
+        assert message in done.stdout.splitlines()[-1]
 
 
 def test_data_without_a_model(root, rooms, tmp_path):

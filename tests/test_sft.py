@@ -265,7 +265,8 @@ def test_forms_and_shares():
     assert 0.2 < forms.count("actions") / 2000 < 0.3
     assert forms == [actor_sft.form_of(k, args) for k in range(2000)]
     args = actor_sft.parse_args(["--target", "actions"])
-    assert args.fraction == 0.1 and args.model == "out/sft" and args.out == "out/cold_start"
+    assert args.fraction == 0.6 and args.model == "out/sft" and args.out == "out/cold_start"
+    assert actor_sft.parse_args(["--target", "actions", "--data", "-"]).fraction == 0.1
 
 
 def test_nothing_held_out_is_trained_on(shared):
@@ -428,7 +429,7 @@ def test_non_finite_steps_are_left_out_and_end_the_run(root, flags, tmp_path, ti
     tensors["model.layers.1.input_layernorm.weight"][0] = math.nan
     save_file(tensors, tmp_path / "model/model.safetensors", {"format": "pt"})
     done = run(root, tmp_path, *flags, "--model", "model", "--steps", 20, "--out", "out")
-    assert done.returncode == 1 and "Traceback" not in done.stdout
+    assert done.returncode == 1
     assert done.stdout.count("left out: loss nan") == 5 and "(room_0000" in done.stdout
     assert "five steps in a row were not finite" in done.stdout.splitlines()[-1]
 
@@ -442,12 +443,21 @@ def test_non_finite_steps_are_left_out_and_end_the_run(root, flags, tmp_path, ti
     (["--mix", "1.5"], "--mix must be above 0 and at most 1, got 1.5"),
     (["--max-tokens", "0"], "--max-tokens must be 1 or more, got 0"),
     (["--max-tokens", "50"], "none of the 4 held-out samples can be read"),
-    (["--out", "taken"], "File exists: 'taken'"),
 ])
 def test_bad_arguments(root, flags, tmp_path, change, message):
-    (tmp_path / "taken").write_text("a file")
     done = run(root, tmp_path, *flags, "--steps", 2, "--out", "out", *change)
-    assert done.returncode in (1, 2) and message in done.stdout and "Traceback" not in done.stdout
+    assert done.returncode in (1, 2) and message in done.stdout
+
+
+def test_errors_are_one_line(root, flags, tmp_path):
+    """As a user sees them: what ends the process is its last line, and no traceback."""
+    (tmp_path / "taken").write_text("a file")
+    for change, message in ((["--out", "taken"], "File exists: 'taken'"),
+                            (["--data", "nowhere"], "nowhere: no such directory")):
+        done = run(root, tmp_path, *flags, "--steps", 2, *change, env=None)
+        assert done.returncode == 1 and "Traceback" not in done.stdout
+        assert done.stdout.splitlines()[-1].startswith("actor_sft.py: ")
+        assert message in done.stdout.splitlines()[-1]
 
 
 def test_demo_without_the_stage_before(root, tmp_path):
