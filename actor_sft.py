@@ -81,8 +81,8 @@ def parse_args(argv=None):
     p.add_argument("--samples", type=int, default=10_000,
                    help="how many multi-image samples to draw (paper: 10,000)")
     p.add_argument("--fraction", type=float,
-                   help="share of them to use; default: 0.1 for --target actions (paper; demo: 0.6), "
-                        "else 1")
+                   help="share of them to use; default: 1, for --target actions 0.1 (paper; "
+                        "demo: 0.6)")
     p.add_argument("--mix", type=float, default=0.1,  # not in the paper
                    help="share of action responses in --target mixed")
     p.add_argument("--max-pixels", type=int, default=448 * 448,
@@ -267,6 +267,7 @@ def response_log_probs(model, row, device):
     trained = row.trained.to(device).nonzero()[:, 0]
     # the features of a token predict the one after it
     return TokenLogProbs.apply(hidden[trained - 1], model.lm_head.weight, ids[0, trained])
+
 
 def generate_greedily(model, examples, end, longest, device):
     """The likeliest response to each example's prompt, token by token: list of token lists.
