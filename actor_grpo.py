@@ -104,7 +104,7 @@ def parse_args(argv=None):
     p.add_argument("--max-new-tokens", type=int,  # not in the paper
                    help="longest completion; default: 96 + 64 a pair of views, 256 for language")
     # optimisation
-    p.add_argument("--steps", type=int, help="default: one epoch; demo: 90")
+    p.add_argument("--steps", type=int, help="default: one epoch; demo: 100")
     p.add_argument("--batch", type=int, default=4,
                    help="B: prompts a step over all processes; paper: 4 (x 8 completions = 32)")
     p.add_argument("--lr", type=float, help="fixed; paper: 1e-5; demo: 2e-4")
@@ -132,7 +132,7 @@ def parse_args(argv=None):
     args.demo = args.data is None
     if args.demo:  # the only place where demo and real run differ
         args.data, args.no_recompute = str(DEMO / "data"), True
-        scale = {"lr": 2e-4, "steps": 90, "beta": 0.01}
+        scale = {"lr": 2e-4, "steps": 100, "beta": 0.01}
     else:
         scale = {"lr": 1e-5, "steps": None, "beta": 0.01}
     args.weights = list(args.weights)
