@@ -1007,7 +1007,11 @@ def main(argv=None):
     model, tokenizer = load_model(source, args, device)
     prompts = Prompts(args, tokenizer, model.config.image_token_id)
     samples = geometry.load_samples(args.data, tasks=geometry.MULTI_VIEW_TASKS)
-    own_val = any(Path(args.data).glob("*/qa_jsonl/val"))
+    try:
+        own_val = len(geometry.load_samples(
+            args.data, split="val", tasks=geometry.MULTI_VIEW_TASKS)) > 0
+    except geometry.DataError:
+        own_val = False
     drawn = choose_samples(samples, own_val, args, prompts.skip)
     if not drawn:
         raise geometry.DataError(f"{args.data}: too few samples to train on some and hold out "
