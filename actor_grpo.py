@@ -1027,7 +1027,7 @@ def main(argv=None):
         model.to(device)  # the working weights; the optimiser's stay in host memory
     reference = None
     if args.beta:
-        reference = load_model(source, args, device)[0].requires_grad_(False)
+        reference = load_model(source, args, torch.device("cpu"))[0].requires_grad_(False)
         for p in reference.parameters():  # not .to(dtype): that would round the rotary frequencies
             p.data = p.data.to(device, dtype)
         reference.to(device)
