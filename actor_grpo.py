@@ -42,6 +42,7 @@ import time
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -139,8 +140,10 @@ def parse_args(argv=None):
     for name, value in scale.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("samples", "max_tokens", "updates", "max_new_tokens", "steps", "batch", "workers",
-                 "rollouts_every", "save_every"):
+    if args.seed < 0:
+        p.error(f"--seed must be 0 or more, got {args.seed}")
+    for name in ("samples", "max_pixels", "max_tokens", "updates", "max_new_tokens", "steps",
+                 "batch", "workers", "rollouts_every", "save_every"):
         value = getattr(args, name)
         if value is not None and value < 1:
             p.error(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
@@ -839,8 +842,9 @@ def load_model(path, args, device):
 
 def prepare_model(model, freeze, recompute):
     """Freeze "vision", "language" or None, and put this file's attention and recomputing in."""
-    if freeze:
-        part = model.model.visual if freeze == "vision" else model.model.language_model
+    frozen = {"vision": [model.model.visual], "language": [model.model.language_model,
+                                                           model.lm_head], None: []}
+    for part in frozen[freeze]:
         part.requires_grad_(False)
     speed_up(model.model.visual)
     for layer in model.model.language_model.layers:
@@ -890,7 +894,9 @@ def start_processes():
         torch.cuda.set_device(device)
     if world > 1:
         # both, since --offload keeps gradients in host memory
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # the others wait while the first evaluates and saves
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
     return rank, world, device
 
 
@@ -941,10 +947,10 @@ class Log:
             "transformers": transformers.__version__, "numpy": np.__version__}}
         kept = []
         if resumed_at is not None and path.exists():
-            for line in path.read_text().splitlines()[1:]:
+            for line in path.read_text().splitlines(keepends=True)[1:]:
                 # a kill can cut the last line
-                if line.endswith("}") and json.loads(line)["step"] <= resumed_at:
-                    kept.append(line)
+                if line.endswith("\n") and json.loads(line)["step"] <= resumed_at:
+                    kept.append(line.rstrip())
         path.write_text("\n".join([json.dumps(head), *kept]) + "\n")
 
     def write(self, record):
@@ -1079,8 +1085,8 @@ def main(argv=None):
                     longest = int(mask.any(0).sum())
                     c, mask = c[:, :longest], mask[:, :longest]
                     # 3  score them: R = R_act + R_ans + R_fmt
-                    texts = [tokenizer.decode(one[seen], skip_special_tokens=True)
-                             for one, seen in zip(c, mask)]
+                    ended = torch.isin(c, c.new_tensor(end)) & mask  # (G, T), one token each
+                    texts = [tokenizer.decode(one[seen]) for one, seen in zip(c, mask & ~ended)]
                     scores = [rewards.total_reward(
                         text, prompt.gold, args.weights, args.tau_t, args.tau_r,
                         block="action" if args.reasoning == "action" else "think")
@@ -1094,7 +1100,6 @@ def main(argv=None):
                         with torch.no_grad():
                             ref = group_log_probs(
                                 reference, prompt, c, mask, args.temperature, its_images)
-                    ended = torch.isin(c, c.new_tensor(end)) & mask
                     groups.append({
                         "prompt": prompt, "images": its_images, "tokens": c, "mask": mask, "A": A,
                         "ref": ref, "old": None, "texts": texts, "scores": scores,
@@ -1103,8 +1108,9 @@ def main(argv=None):
                         "distinct": len(set(texts)), "dead": float(not A.any())})
 
             # 6  update: clipped ratio, minus beta KL to the start model
-            loss, skipped = 0.0, None
+            skipped = None
             for update in range(args.updates):
+                loss = 0.0
                 for group in groups:
                     log_p = group_log_probs(model, group["prompt"], group["tokens"], group["mask"],
                                             args.temperature, group["images"])
@@ -1118,11 +1124,11 @@ def main(argv=None):
                     group.update({key: float(value) for key, value in statistics.items()})
                 grad_norm = optimizer.reduce()
                 if count and math.isfinite(grad_norm):
-                    update_norm, trouble = optimizer.step(grad_norm), 0
+                    update_norm = optimizer.step(grad_norm)
                     continue
                 names = ", ".join(gather([name for name, _ in batch]))
-                skipped = (f"gradient norm {grad_norm}" if count else "no usable sample")
-                skipped = f"{skipped} ({names})"
+                skipped = f"gradient norm {grad_norm}" if count else "no usable sample"
+                skipped = f"update {update + 1} of {args.updates}, {skipped} ({names})"
                 say(f"step {step} left out: {skipped}")
                 if not count:
                     optimizer.grad.zero_()
@@ -1134,6 +1140,7 @@ def main(argv=None):
                         "--lr, or look at the samples named above. What was saved before is in "
                         f"{out}")
                 break
+            trouble = trouble if skipped else 0
 
             kept = ("scores", "kl", "kl_max", "ratio_max", "clip_share", "length", "truncated",
                     "distinct", "dead")
@@ -1162,6 +1169,7 @@ def main(argv=None):
                 log.write(record)
                 print_rewards(record, args.steps, left)
             if stop:
+                gather([])  # torchrun ends all when one has ended: after the first has saved
                 say(f"stopped after step {step}, saved in {out}; "
                     "the same command with --resume goes on from here")
                 sys.exit(128 + (interrupt.number or signal.SIGTERM))

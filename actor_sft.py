@@ -42,6 +42,7 @@ import time
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -133,7 +134,10 @@ def parse_args(argv=None):
     for name, value in scale.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("samples", "steps", "batch", "heldout", "eval_every", "workers", "max_tokens"):
+    if args.seed < 0:
+        p.error(f"--seed must be 0 or more, got {args.seed}")
+    for name in ("samples", "max_pixels", "max_tokens", "steps", "batch", "heldout", "eval_every",
+                 "workers"):
         value = getattr(args, name)
         if value is not None and value < 1:
             p.error(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
@@ -499,7 +503,7 @@ def evaluate_heldout(model, heldout, examples, pool, args, device, batch=16):
         pairs = max(len(e.gold.actions) for e in some)
         longest = 64 if form == "answer" else 96 + 64 * pairs  # not in the paper
         for e, tokens in zip(some, generate_greedily(model, some, end, longest, device)):
-            written.append((e, examples.tokenizer.decode(tokens, skip_special_tokens=True)))
+            written.append((e, examples.tokenizer.decode(tokens)))
     record = {"heldout_loss": -float(torch.cat(log_p).mean())}
     if form == "answer":
         record["answer"] = float(np.mean([rewards.answer_reward(
@@ -771,8 +775,9 @@ def load_model(path, args, device):
 
 def prepare_model(model, freeze, recompute):
     """Freeze "vision", "language" or None, and put this file's attention and recomputing in."""
-    if freeze:
-        part = model.model.visual if freeze == "vision" else model.model.language_model
+    frozen = {"vision": [model.model.visual], "language": [model.model.language_model,
+                                                           model.lm_head], None: []}
+    for part in frozen[freeze]:
         part.requires_grad_(False)
     speed_up(model.model.visual)
     for layer in model.model.language_model.layers:
@@ -822,7 +827,9 @@ def start_processes():
         torch.cuda.set_device(device)
     if world > 1:
         # both, since --offload keeps gradients in host memory
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # the others wait while the first evaluates and saves
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
     return rank, world, device
 
 
@@ -873,10 +880,10 @@ class Log:
             "transformers": transformers.__version__, "numpy": np.__version__}}
         kept = []
         if resumed_at is not None and path.exists():
-            for line in path.read_text().splitlines()[1:]:
+            for line in path.read_text().splitlines(keepends=True)[1:]:
                 # a kill can cut the last line
-                if line.endswith("}") and json.loads(line)["step"] <= resumed_at:
-                    kept.append(line)
+                if line.endswith("\n") and json.loads(line)["step"] <= resumed_at:
+                    kept.append(line.rstrip())
         path.write_text("\n".join([json.dumps(head), *kept]) + "\n")
 
     def write(self, record):
@@ -1064,6 +1071,7 @@ def main(argv=None):
                 log.write(record)
                 print_progress(record, args.steps, left)
             if stop:
+                gather([])  # torchrun ends all when one has ended: after the first has saved
                 say(f"stopped after step {step}, saved in {out}; "
                     "the same command with --resume goes on from here")
                 sys.exit(128 + (interrupt.number or signal.SIGTERM))

@@ -38,6 +38,7 @@ import time
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -122,10 +123,13 @@ def parse_args(argv=None):
     for name, value in scale.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("samples", "grid", "steps", "batch", "heldout", "eval_every", "workers"):
+    for name in ("samples", "grid", "max_pixels", "steps", "batch", "heldout", "eval_every",
+                 "workers"):
         value = getattr(args, name)
         if value is not None and value < 1:
             p.error(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+    if args.seed < 0:
+        p.error(f"--seed must be 0 or more, got {args.seed}")
     for name in ("tau1", "tau2", "lr", "clip"):
         if not getattr(args, name) > 0:
             p.error(f"--{name} must be above 0, got {getattr(args, name)}")
@@ -781,7 +785,9 @@ def start_processes():
         torch.cuda.set_device(device)
     if world > 1:
         # both, since --offload keeps gradients in host memory
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # the others wait while the first evaluates and saves
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
     return rank, world, device
 
 
@@ -832,10 +838,10 @@ class Log:
             "transformers": transformers.__version__, "numpy": np.__version__}}
         kept = []
         if resumed_at is not None and path.exists():
-            for line in path.read_text().splitlines()[1:]:
+            for line in path.read_text().splitlines(keepends=True)[1:]:
                 # a kill can cut the last line
-                if line.endswith("}") and json.loads(line)["step"] <= resumed_at:
-                    kept.append(line)
+                if line.endswith("\n") and json.loads(line)["step"] <= resumed_at:
+                    kept.append(line.rstrip())
         path.write_text("\n".join([json.dumps(head), *kept]) + "\n")
 
     def write(self, record):
@@ -1015,6 +1021,7 @@ def main(argv=None):
                 log.write(record)
                 print_step(record, args.steps, left)
             if stop:
+                gather([])  # torchrun ends all when one has ended: after the first has saved
                 say(f"stopped after step {step}, saved in {out}; "
                     "the same command with --resume goes on from here")
                 sys.exit(128 + (interrupt.number or signal.SIGTERM))

@@ -470,7 +470,8 @@ def test_non_finite_steps_are_left_out_and_end_the_run(root, flags, tmp_path, ti
     save_file(tensors, tmp_path / "model/model.safetensors", {"format": "pt"})
     done = run(root, tmp_path, *flags, "--model", "model", "--steps", 20, "--out", "out")
     assert done.returncode == 1
-    assert done.stdout.count("left out: gradient norm nan") == 5 and "(room_0000" in done.stdout
+    assert done.stdout.count("left out: update 1 of 1, gradient norm nan") == 5
+    assert "(room_0000" in done.stdout
     assert "five steps in a row were not finite" in done.stdout.splitlines()[-1]
 
 
@@ -480,6 +481,8 @@ def test_non_finite_steps_are_left_out_and_end_the_run(root, flags, tmp_path, ti
     (["--model", "out/cold_start"],
      "out/cold_start: not there yet; run `python actor_sft.py --target actions` first"),
     (["--resume"], "out/checkpoint.safetensors: cannot be read as a checkpoint"),
+    (["--seed", "-1"], "--seed must be 0 or more, got -1"),
+    (["--max-pixels", "0"], "--max-pixels must be 1 or more, got 0"),
     (["--group", "1"], "--group must be 2 or more, got 1"),
     (["--beta", "-1"], "--beta must be 0 or more, got -1.0"),
     (["--temperature", "0"], "--temperature must be above 0, got 0.0"),

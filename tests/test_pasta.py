@@ -581,6 +581,8 @@ def test_non_finite_steps_are_left_out_and_end_the_run(root, flags, tmp_path, ti
      "nowhere: no such model directory. `python pasta.py --grid 4` makes a tiny one"),
     (["--grid", "300"], "--grid 300"),
     (["--resume"], "out/checkpoint.safetensors: cannot be read as a checkpoint"),
+    (["--seed", "-1"], "--seed must be 0 or more, got -1"),
+    (["--max-pixels", "0"], "--max-pixels must be 1 or more, got 0"),
     (["--grid", "0"], "--grid must be 1 or more, got 0"),
     (["--tau1", "0"], "--tau1 must be above 0, got 0.0"),
     (["--lr", "0"], "--lr must be above 0, got 0.0"),

@@ -439,6 +439,8 @@ def test_non_finite_steps_are_left_out_and_end_the_run(root, flags, tmp_path, ti
     (["--model", "nowhere"], "nowhere: no such model directory"),
     (["--model", "out/sft"], "out/sft: not there yet; run `python actor_sft.py --target answer`"),
     (["--resume"], "out/checkpoint.safetensors: cannot be read as a checkpoint"),
+    (["--seed", "-1"], "--seed must be 0 or more, got -1"),
+    (["--max-pixels", "0"], "--max-pixels must be 1 or more, got 0"),
     (["--fraction", "0"], "--fraction must be above 0 and at most 1, got 0.0"),
     (["--mix", "1.5"], "--mix must be above 0 and at most 1, got 1.5"),
     (["--max-tokens", "0"], "--max-tokens must be 1 or more, got 0"),
