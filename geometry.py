@@ -398,7 +398,7 @@ class Samples(Sequence):
     def __init__(self, root, files):
         self.root, self.files = root, files
         size = sum(path.stat().st_size for path, *_ in files)
-        shown = _progress(files, len(files), "indexing") if size > 2**30 else files
+        shown = progress(files, len(files), "indexing") if size > 2**30 else files
         offsets = [_line_offsets(path) for path, *_ in shown]
         self.offset = np.concatenate([np.zeros(0, np.int64), *offsets])
         self.ends = np.cumsum([len(o) for o in offsets])  # samples up to and with each file
@@ -797,7 +797,7 @@ def render_rooms(root, rooms=300, seed=0, size=224, held_out=0.1):
     pool = ThreadPoolExecutor(os.cpu_count())  # numpy and Pillow release the lock
     try:
         jobs = pool.map(lambda number: _render_room(partial, number, seed, size), range(rooms))
-        for number, records in enumerate(_progress(jobs, rooms, "rendering rooms")):
+        for number, records in enumerate(progress(jobs, rooms, "rendering rooms")):
             split = "train" if number < first_val else "val"
             for task, kind, record in records:
                 lines.setdefault((split, task, kind), []).append(json.dumps(record))
@@ -1044,12 +1044,13 @@ def _write_benchmark(root):
             picture.save(root / "benchmark" / path, quality=92)
         rows.append({"id": len(rows), "img_type": "multi_view" if len(paths) > 1 else "single_view",
                      "format_type": sample.kind, "task": sample.task, "source": sample.source,
-                     "image": paths, "question": sample.question, "answer": sample.answer})
+                     "image": paths, "question": sample.question, "answer": sample.answer,
+                     "pose": [sample.pose(k).flatten().tolist() for k in range(len(paths))]})
     text = "\n".join(json.dumps(row) for row in rows) + "\n"
     (root / "benchmark" / "rooms.jsonl").write_text(text)
 
 
-def _progress(items, total, label):
+def progress(items, total, label):
     """Yield items, showing a bar with time left: in place on a terminal, else a line a quarter."""
     start, shown, live = time.monotonic(), 0.0, sys.stdout.isatty()
     for done, item in enumerate(items, 1):
