@@ -403,7 +403,7 @@ def score_answer(bench, task, answer, gold, choices=()):
 # ------------------------------------------------------------------------------- what is reported
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """A line of a table: percent, and the 95 % bootstrap interval of it."""
 
     label: str
@@ -443,23 +443,24 @@ def task_weights(bench, counts, convention="hatch"):
 
 
 def table_rows(bench, scores, convention="hatch", draws=1000):
-    """[Row]: groups with their tasks, the average last. scores {task: [in [0, 1]]}."""
+    """[TableRow]: groups with their tasks, the average last. scores {task: [in [0, 1]]}."""
     scores = {task: np.array(values) for task, values in scores.items()}
     mean = {task: values.mean() for task, values in scores.items()}
     rng, drawn = np.random.default_rng(0), {}
     for task in sorted(scores):  # each task's questions are drawn again
         n = len(scores[task])
         drawn[task] = scores[task][rng.integers(0, n, (draws, n))].mean(1)
-    rows = []
-    counts = {task: len(values) for task, values in scores.items()}
+    rows, counts = [], {task: len(values) for task, values in scores.items()}
     for label, weights in task_weights(bench, counts, convention):
-        alone = {} if label == "Avg" or len(weights) == 1 and list(weights)[0].lower() == (
-            label.lower()) else {task: {task: 1.0} for task in weights}
-        for depth, (name, parts) in enumerate([(label, weights), *alone.items()]):
-            low, high = np.percentile(sum(w * drawn[t] for t, w in parts.items()), (2.5, 97.5))
-            rows.append(Row(name, min(depth, 1), sum(counts[task] for task in parts),
-                            *(100 * float(x) for x in (
-                                sum(w * mean[t] for t, w in parts.items()), low, high))))
+        lines = [(label, 0, weights)]
+        if label != "Avg" and label.lower() not in map(str.lower, weights):
+            lines += [(task, 1, {task: 1.0}) for task in weights]
+        for name, depth, parts in lines:
+            score = sum(w * mean[task] for task, w in parts.items())
+            again = sum(w * drawn[task] for task, w in parts.items())  # (draws,)
+            low, high = np.percentile(again, (2.5, 97.5))
+            rows.append(TableRow(name, depth, sum(counts[task] for task in parts),
+                                 100 * float(score), 100 * float(low), 100 * float(high)))
     return rows
 
 

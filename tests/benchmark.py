@@ -7,11 +7,14 @@
     sft     tokens/s beside transformers.Trainer (needs accelerate); memory of the loss at Qwen's
             151,936 words; on a CUDA GPU also the 3B configuration
     grpo    a step with one sequence a group beside G separate rows; on a CUDA GPU also at 3B
+    evaluate    greedy answers beside transformers' `generate`; scoring 7,000 predictions
 
 Medians of interleaved repetitions. Nothing here is a test: machines differ, ratios less so.
 """
 
 import argparse
+import contextlib
+import io
 import itertools
 import json
 import re
@@ -26,7 +29,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil)
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel)
 
@@ -34,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import actor_grpo  # noqa: E402
 import actor_sft  # noqa: E402
+import evaluate  # noqa: E402
 import geometry  # noqa: E402
 import pasta  # noqa: E402
 import rewards  # noqa: E402
@@ -353,7 +358,8 @@ def trainer_steps(path, batches):
             trainer = Trainer(model, arguments, train_dataset=flat,
                               data_collator=lambda some: padded(some, image_token))
             trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(flat)
-            trainer.train()
+            with contextlib.redirect_stdout(io.StringIO()):  # its own report
+                trainer.train()
 
     return steps
 
@@ -570,10 +576,78 @@ def grpo_peak(what, size):
         print(peak_rss() - before)
 
 
+# ----------------------------------------------------------------------------------- evaluation
+
+
+def answering(B=16, T=128):
+    """Tokens/s of B prompts of different length at once, and whether the texts are the same."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = geometry.render_rooms(Path(folder) / "data", rooms=8, held_out=0.5)
+        path = Path(folder) / "model"
+        pasta.make_demo_model(path, data, seed=0)
+        args = evaluate.parse_args(["--data", str(data), "--max-new-tokens", str(T)])
+        ours, tokenizer = evaluate.load_for_answers(path, "fp32", torch.device("cpu"))
+        plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(path).eval()
+        processor = Qwen2VLImageProcessorPil(
+            size={"shortest_edge": 56 * 56, "longest_edge": args.max_pixels})
+        items = evaluate.load_items("rooms", data)
+        asked = [evaluate.ask(k, items, args, tokenizer, processor) for k in range(B)]
+        L = max(one.prompt for one in asked)
+        ids = torch.stack([torch.nn.functional.pad(one.ids, (L - one.prompt, 0)) for one in asked])
+        seen = torch.stack([torch.arange(L) >= L - one.prompt for one in asked]).long()
+        never, written = len(tokenizer) - 1, {}  # no end token: every response has T tokens
+
+        def theirs():
+            written["theirs"] = plain.generate(
+                input_ids=ids, attention_mask=seen, pixel_values=torch.cat(
+                    [one.patches for one in asked]), image_grid_thw=evaluate.grids_of(asked),
+                mm_token_type_ids=(ids == plain.config.image_token_id).int(), do_sample=False,
+                max_new_tokens=T, eos_token_id=never, pad_token_id=0)[:, L:].tolist()
+
+        def mine():
+            written["ours"] = evaluate.generate_greedily(
+                ours, asked, [never], T, torch.device("cpu"))
+
+        seconds = interleaved([theirs, mine], 5)
+        same = np.mean([a == b for a, b in zip(written["theirs"], written["ours"])])
+        print(f"evaluate, {B} prompts of {min(one.prompt for one in asked)} to {L} tokens, {T} new "
+              f"ones each: generate {B * T / seconds[0]:,.0f} tokens/s, ours "
+              f"{B * T / seconds[1]:,.0f}: {seconds[0] / seconds[1]:.2f}x; {same:.0%} of the "
+              "responses are the same", flush=True)
+
+
+def scoring(N=7000):
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "predictions.jsonl"
+        lines = [{"args": {"bench": "spar-mv", "model": "m", "mode": "action", "data": None}}]
+        for k in range(N):
+            task = str(rng.choice(evaluate.SPAR_MULTI_VIEW))
+            plans = {pair: [{"turn_right_deg": int(rng.integers(90))}, {"move_forward_m": 1.5}]
+                     for pair in rewards.required_pairs(3)}
+            lines.append({"id": k, "task": task, "question": "Where?" * 50, "gold": "A",
+                          "mode": "action", "views": 3,
+                          "response": rewards.write_response(plans, "B")})
+        path.write_text("\n".join(map(json.dumps, lines)))
+
+        def start():
+            subprocess.run([sys.executable, "-c", "import evaluate"], check=True,
+                           cwd=Path(evaluate.__file__).parent)
+
+        def score():
+            subprocess.run([sys.executable, evaluate.__file__, "--score", path, "--out", folder],
+                           check=True, capture_output=True, cwd=folder)
+
+        alone, whole = interleaved([start, score], 3)
+        print(f"evaluate, scoring {N:,} stored predictions: {whole:.1f} s, of which {alone:.1f} s "
+              "pass before the first line is run (importing torch and transformers)")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "what", choices=("pasta", "index", "rewards", "sft", "grpo", "peak-memory"))
+        "what",
+        choices=("pasta", "index", "rewards", "sft", "grpo", "evaluate", "peak-memory"))
     parser.add_argument("--recompute", action="store_true", help="of peak-memory")
     parser.add_argument("--of", help="of peak-memory: whose")
     parser.add_argument("--size", type=int, default=224, help="of peak-memory: of images")
@@ -586,6 +660,9 @@ if __name__ == "__main__":
         sft()
     elif chosen.what == "grpo":
         grpo()
+    elif chosen.what == "evaluate":
+        answering()
+        scoring()
     elif chosen.of in ("trainer", "ours"):
         sft_peak(chosen.of)
     elif chosen.of in ("plain-loss", "chunked-loss"):

@@ -623,7 +623,7 @@ def test_rooms_ask_what_they_should(rooms):
                      ("depth_prediction_oc", "fill"), ("obj_spatial_relation_oo", "select")}
     rows = [json.loads(line) for line in (rooms / "benchmark/rooms.jsonl").read_text().splitlines()]
     assert set(rows[0]) == {
-        "id", "img_type", "format_type", "task", "source", "image", "question", "answer"}
+        "id", "img_type", "format_type", "task", "source", "image", "question", "answer", "pose"}
     assert all((rooms / "benchmark" / path).exists() for row in rows for path in row["image"])
 
 
