@@ -12,7 +12,7 @@
     how it is scored      as the benchmark's official code does                      score_spar, ...
     what is reported      weighted means of task means, bootstrap intervals          table_rows
 
-    python evaluate.py                        # reads out/grpo, writes out/evaluation
+    python evaluate.py                        # reads out/grpo, writes out/evaluation/rooms
     python evaluate.py --bench spar-mv --data /path/to/SPAR-Bench
     python evaluate.py --score a/predictions.jsonl b/predictions.jsonl    # no model: scores only
     python evaluate.py --curves out/*/log.jsonl                           # training curves only
@@ -21,9 +21,8 @@
 Writes --out: predictions.jsonl (as they are made: an interrupted evaluation continues),
 results.json, curves.png, report.html.
 
-Deviations from the official scorers, all of them about what a response is: the answer is cut out of
-<answer> and stripped before the official rule sees it, and an empty answer scores 0, where
-SPAR-Bench's own code scores it 1.
+Deviations from the official scorers: the answer is cut out of <answer> and stripped before the
+official rule sees it, and an empty answer scores 0, where SPAR-Bench's own code scores it 1.
 """
 
 import argparse
@@ -40,6 +39,7 @@ import os
 import platform
 import re
 import sys
+import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -74,7 +74,8 @@ def parse_args(argv=None):
         description="Evaluate a Qwen2.5-VL on spatial benchmarks; tables, curves, report.html.")
     # what to evaluate on what
     p.add_argument("--bench", choices=tuple(BENCHES), help="default: rooms")
-    p.add_argument("--model", default="out/grpo", help="model directory or hub id")
+    p.add_argument("--model", help="model directory or hub id; default: out/grpo. With --score: "
+                                   "what to call it")
     p.add_argument("--data", help="the benchmark's published file or folder; default: the demo's "
                                   "rooms")
     p.add_argument("--mode", choices=("action", "direct"),
@@ -85,7 +86,7 @@ def parse_args(argv=None):
     p.add_argument("--score", nargs="+", metavar="FILE",
                    help="score these predictions.jsonl, of any engine, instead of making some")
     p.add_argument("--curves", nargs="+", metavar="FILE",
-                   help="draw these log.jsonl; default: out/*/log.jsonl. Alone: draw, nothing else")
+                   help="draw these log.jsonl; default: out/*/log.jsonl. Alone: draws, and no more")
     p.add_argument("--convention", choices=("hatch", "spar"), default="hatch",
                    help="SPAR-Bench's averages over all questions, as in the paper's tables, or "
                         "over task means, as SPAR-Bench's authors report")
@@ -101,7 +102,8 @@ def parse_args(argv=None):
     p.add_argument("--workers", type=int, default=min(8, os.cpu_count()),
                    help="threads that prepare questions ahead")
     # looking
-    p.add_argument("--out", default="out/evaluation", help="where everything goes")
+    p.add_argument("--out", help="where everything goes; default: out/evaluation/BENCH, without a "
+                                 "model out/evaluation")
     p.add_argument("--show", type=int, default=24, help="questions in report.html, evenly over "
                                                         "tasks, drawn at random")
     args = p.parse_args(argv)
@@ -112,18 +114,23 @@ def parse_args(argv=None):
             p.error(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
     if args.show < 0:
         p.error(f"--show must be 0 or more, got {args.show}")
-    if args.score or args.curves:
+    args.draw_only = bool(args.curves) and not (
+        args.score or args.bench or args.data or args.model)
+    if args.score or args.draw_only:
+        args.out = args.out or "out/evaluation"
         return args
-    args.bench = args.bench or "rooms"
+    args.bench, args.model = args.bench or "rooms", args.model or "out/grpo"
+    args.out = args.out or f"out/evaluation/{args.bench}"
     bench = BENCHES[args.bench]
     args.demo = args.data is None and args.bench == "rooms"
     if args.demo:
         args.data = str(DEMO / "data")
     if args.data is None:
         p.error(f"--bench {args.bench} needs --data: {bench.data}")
-    if args.mode == "action" and args.bench in ("spar-si", "cvbench"):
+    single = args.bench in ("spar-si", "cvbench")
+    if args.mode == "action" and single:
         p.error(f"--bench {args.bench} has one image a question: it is asked about directly")
-    args.mode = args.mode or ("direct" if args.bench in ("spar-si", "cvbench") else "action")
+    args.mode = args.mode or ("direct" if single else "action")
     args.max_pixels = args.max_pixels or bench.max_pixels
     return args
 
@@ -134,18 +141,16 @@ def parse_args(argv=None):
 class Item(NamedTuple):
     """A question of a benchmark, as its published file has it.
 
-    task: what scores are averaged over; gold: the answer; choices: texts of the options, where the
-    scorer asks for them; poses: cam2world of each image, where they are known; images: call it for
-    the PIL images.
+    task: what scores are averaged over; gold: the answer; images: call it for the PIL images;
+    poses: cam2world (views, 4, 4), where they are known.
     """
 
     id: str
     task: str
     question: str
     gold: str
-    choices: tuple
-    poses: list | None
     images: Callable
+    poses: np.ndarray | None = None
 
 
 SPAR_LEVELS = {
@@ -176,25 +181,27 @@ def load_items(bench, data, skip=print):
     bench: name in BENCHES; data: its published file, or a folder that holds it; skip: told of each
     row that cannot be used. Raises DataError if nothing usable is there.
     """
-    items, ids = [], {}
-    for path in find_files(BENCHES[bench], Path(data)):
+    items, ids, bench = [], {}, BENCHES[bench]
+    for path in find_files(bench, Path(data)):
         for number, (row, images) in enumerate(read_rows(path)):
             try:
                 if isinstance(row, geometry.DataError):
                     raise row
-                item = BENCHES[bench].read(row, images)
+                item = bench.read(row, images)
+                if item.task not in bench.tasks:
+                    if item.task in SPAR_TASKS:
+                        continue  # of the other half of SPAR-Bench
+                    raise geometry.DataError(f"unknown task {item.task!r}")
             except KeyError as error:
                 skip(f"{path.name}, row {number}: it has no {error}")
-                continue
             except (ValueError, TypeError, AttributeError) as error:  # DataError is a ValueError
                 skip(f"{path.name}, row {number}: {error}")
-                continue
-            if item:  # None: of the other half of SPAR-Bench
+            else:
                 times = ids[item.id] = ids.get(item.id, 0) + 1
                 items.append(item if times == 1 else item._replace(id=f"{item.id}#{times}"))
     if not items:
-        raise geometry.DataError(f"{data}: no usable question for --bench {bench}, which takes "
-                                 f"{BENCHES[bench].data}")
+        raise geometry.DataError(f"{data}: no usable question of {bench.title}; --data takes "
+                                 f"{bench.data}")
     return items
 
 
@@ -202,50 +209,41 @@ def find_files(bench, data):
     """The files of a benchmark in a folder: the first of its patterns that finds any."""
     if data.is_file():
         return [data]
-    found = [sorted(data.rglob(pattern)) for pattern in bench.files]
-    files = next(filter(None, found), None)
+    files = next(filter(None, (sorted(data.rglob(pattern)) for pattern in bench.files)), None)
     if not files:
-        raise geometry.DataError(
-            f"{data}: {'none of ' + ', '.join(bench.files) + ' in it' if data.is_dir() else ''}"
-            f"{'' if data.is_dir() else 'not there'}; --data takes {bench.data}")
+        what = f"none of {', '.join(bench.files)} in it" if data.is_dir() else "not there"
+        raise geometry.DataError(f"{data}: {what}; --data takes {bench.data}")
     return files
 
 
-def read_spar(row, images, tasks=SPAR_TASKS):
-    """Item of a SPAR-Bench row (or of the rooms'), or None if its task is not among `tasks`."""
-    task = text_of(row, "task")
-    if task not in SPAR_TASKS:
-        raise geometry.DataError(f"unknown task {task!r}")
-    poses = None
-    if row.get("pose") is not None:  # of the rooms, and of SPAR-Bench-RGBD: 16 numbers a view
-        poses = np.array(row["pose"], dtype=float).reshape(-1, 4, 4).tolist()
-    return Item(text_of(row, "id"), task, text_of(row, "question"), text_of(row, "answer"), (),
-                poses, images) if task in tasks else None
+def read_spar(row, images):
+    return Item(text_of(row, "id"), text_of(row, "task"), text_of(row, "question"),
+                text_of(row, "answer"), images)
+
+
+def read_room(row, images):
+    """SPAR-Bench's fields, and a pose for each view: 16 numbers, as SPAR-Bench-RGBD has them."""
+    poses = np.array(row["pose"], dtype=float).reshape(-1, 4, 4)
+    if not np.isfinite(poses).all():
+        raise geometry.DataError("its pose is not finite")
+    return read_spar(row, images)._replace(poses=poses)
 
 
 def read_mindcube(row, images):
     name = text_of(row, "id")
     setting = next((s for s in MINDCUBE_SETTINGS if s in name.lower()), "other")
-    return Item(name, setting, text_of(row, "question"), text_of(row, "gt_answer"), (), None,
-                images)
+    return Item(name, setting, text_of(row, "question"), text_of(row, "gt_answer"), images)
 
 
 def read_mmsi(row, images):
-    names = ("index", "category") if "category" in row else ("id", "question_type")
-    task = text_of(row, names[1]).replace("-", "–")
-    if task not in MMSI_TASKS:
-        raise geometry.DataError(f"unknown {names[1]} {task!r}")
-    return Item(text_of(row, names[0]), task, text_of(row, "question"), text_of(row, "answer"), (),
-                None, images)
+    name, task = ("index", "category") if "category" in row else ("id", "question_type")
+    task = text_of(row, task).replace("-", "–")
+    return Item(text_of(row, name), task, text_of(row, "question"), text_of(row, "answer"), images)
 
 
 def read_cvbench(row, images):
-    source = text_of(row, "source")
-    if source not in CVBENCH_SOURCES:
-        raise geometry.DataError(f"unknown source {source!r}")
-    choices = tuple(map(str, row.get("choices") or ()))
-    return Item(text_of(row, "idx"), source, text_of(row, "prompt"), text_of(row, "answer"),
-                choices, None, images)
+    return Item(text_of(row, "idx"), text_of(row, "source"), text_of(row, "prompt"),
+                text_of(row, "answer"), images)
 
 
 def text_of(row, name):
@@ -321,11 +319,10 @@ def score_spar(task, prediction, gold):
         return _score_view_change(prediction, gold)
     if task in SPAR_LEVELS["Low"]:
         numbers = re.findall(r"(?<!\^)\d+\.\d+|(?<!\^)\d+", prediction)
-        several = task.endswith("_mv")  # then the last number counts, else the first
-        p = float(numbers[-1 if several else 0]) if numbers else -1.0 if several else 0.0
-        try:
+        try:  # of several views, the last number counts
+            p = float(numbers[-1 if task.endswith("_mv") else 0])
             return rewards.mean_relative_accuracy(p, float(gold))
-        except ValueError:  # a gold that is no number
+        except (IndexError, ValueError):  # no number, in the prediction or in the gold
             return 0.0
     prediction, gold = prediction.lower(), gold.lower()
     return float(prediction in gold or prediction[0] == gold)
@@ -350,17 +347,15 @@ def mindcube_letter(text):
     match within a rule, but for the final one."""
     if found := re.findall(r"([A-E])\.", text):
         return found[-1]
-    inside = re.search(r"<Answer>(.*?)(?:</Answer>|$)", text, re.DOTALL)
-    said = (r"[Mm]y answer is ([A-E])", r"[Tt]he answer is ([A-E])")
-    if inside:
-        for rule in (*said, r"\b([A-E])\b"):
+    if inside := re.search(r"<Answer>(.*?)(?:<|$)", text, re.DOTALL):
+        for rule in (r"[Mm]y answer is ([A-E])", r"[Tt]he answer is ([A-E])", r"\b([A-E])\b"):
             if found := re.findall(rule, inside[1]):
                 return found[-1]
     for rule in (r"(?:^|\n)(?:Answer: )?([A-E])(?:$|\s)", r'[*"]([A-E])[*"]',
-                 r"Answer:? ([A-E])\b", r"[Mm]y answer is ([A-E])\b", r"answer is ([A-E])\b"):
+                 r"\bAnswer:?\s*([A-E])\b", r"[Mm]y answer is ([A-E])", r"answer is ([A-E])"):
         if found := re.findall(rule, text):
             return found[-1]
-    for line in reversed(text.splitlines()):
+    for line in reversed(text.split("\n")):
         if found := re.search(r"\b([A-E])\b", line):
             return found[1]
     return None
@@ -375,28 +370,22 @@ def mmsi_letter(text):
     return found[0] if found else None
 
 
-def cvbench_letter(text, choices=()):
-    """The letter, lower case, that CV-Bench's extractors read, or None. The text of an option, of
-    `choices`, counts as its letter."""
+def cvbench_letter(text):
+    """The letter, lower case, that CV-Bench's extractors read; "" if nothing is there."""
     text = text.lower().strip()
     for said in ("answer is", "answer:"):
         text = text.rpartition(said)[2]
-    text = text.strip(" \n\t:").rstrip(".:,")
-    for letter, choice in zip("abcdef", choices):
-        if text == choice.lower().strip():
-            return letter
-    return text.removeprefix("(").removesuffix(")")[:1] or None
+    return text.strip().rstrip(".:,").lstrip("(").rstrip(")")[:1]
 
 
-def score_answer(bench, task, answer, gold, choices=()):
+def score_answer(bench, task, answer, gold):
     """Official score in [0, 1] of an answer's text (see answer_of)."""
     if bench == "mindcube":
         return float(mindcube_letter(answer) == gold)
     if bench == "mmsi":
         return float((mmsi_letter(answer) or "").lower() == gold.lower())
-    if bench == "cvbench":  # only Omni3D's scorer knows the options' texts
-        letter = cvbench_letter(answer, choices if task == "Omni3D" else ())
-        return float(letter == gold.lower().strip("()"))
+    if bench == "cvbench":
+        return float(cvbench_letter(answer) == gold.lower().strip("()"))
     return score_spar(task, answer, gold)
 
 
@@ -470,6 +459,7 @@ class Bench(NamedTuple):
     title: str
     data: str
     files: tuple
+    tasks: tuple
     read: Callable
     prompt: Callable
     longest: int = 128  # tokens of a direct answer
@@ -481,20 +471,22 @@ SPAR_FILES = ("test-*.parquet", "*.parquet", "*.jsonl")
 BENCHES = {
     "rooms": Bench(
         "Rendered rooms", "the folder that `python pasta.py --grid 4` rendered",
-        ("rooms.jsonl",), read_spar, lambda task: "{question}\n" + rewards.ANSWER_INSTRUCTION),
+        ("rooms.jsonl",), SPAR_TASKS, read_room,
+        lambda task: "{question}\n" + rewards.ANSWER_INSTRUCTION),
     "spar-mv": Bench(
         "SPAR-Bench-MV", "a copy of huggingface.co/datasets/jasonzhango/SPAR-Bench",
-        SPAR_FILES, partial(read_spar, tasks=SPAR_MULTI_VIEW), spar_prompt, 100,
+        SPAR_FILES, SPAR_MULTI_VIEW, read_spar, spar_prompt, 100,
         paper={"Qwen2.5-VL-3B": {"Low": 13.4, "Middle": 26.2, "High": 32.6, "Avg": 24.9},
                "HATCH": {"Low": 41.3, "Middle": 47.4, "High": 67.1, "Avg": 53.6}}),
     "mindcube": Bench(
         "MindCube-Tiny", "a copy of huggingface.co/datasets/MLL-Lab/MindCube, data.zip unpacked",
-        ("MindCube_tinybench.jsonl",), read_mindcube, lambda task: MINDCUBE_PROMPT, 4096, 480 * 480,
+        ("MindCube_tinybench.jsonl",), MINDCUBE_SETTINGS, read_mindcube,
+        lambda task: MINDCUBE_PROMPT, 4096, 480 * 480,
         paper={"Qwen2.5-VL-3B": {"Around": 46.4, "Rotation": 34.5, "Among": 35.3, "Avg": 37.8},
                "HATCH": {"Around": 65.6, "Rotation": 31.0, "Among": 50.2, "Avg": 50.2}}),
     "mmsi": Bench(
         "MMSI-Bench", "a copy of huggingface.co/datasets/RunsenXu/MMSI-Bench",
-        ("MMSI_Bench.parquet", "MMSI_bench.tsv", "*.parquet", "*.jsonl"), read_mmsi,
+        ("MMSI_Bench.parquet", "MMSI_bench.tsv", "*.parquet", "*.jsonl"), MMSI_TASKS, read_mmsi,
         lambda task: MMSI_PROMPT,
         paper={"Qwen2.5-VL-3B": {"Position": 27.8, "Attribute": 19.2, "Motion": 23.3, "MSR": 25.8,
                                  "Avg": 25.6},
@@ -502,13 +494,14 @@ BENCHES = {
                          "Avg": 27.0}}),
     "spar-si": Bench(
         "SPAR-Bench-SI", "a copy of huggingface.co/datasets/jasonzhango/SPAR-Bench",
-        SPAR_FILES, partial(read_spar, tasks=[t for t in SPAR_TASKS if t not in SPAR_MULTI_VIEW]),
+        SPAR_FILES, tuple(task for task in SPAR_TASKS if task not in SPAR_MULTI_VIEW), read_spar,
         spar_prompt, 100,
         paper={"Qwen2.5-VL-3B": {"Low": 16.0, "High": 32.5, "Avg": 23.9},
                "HATCH": {"Low": 41.1, "High": 49.7, "Avg": 45.2}}),
     "cvbench": Bench(
         "CV-Bench", "a copy of huggingface.co/datasets/nyu-visionx/CV-Bench",
-        ("test_*.parquet", "*.parquet", "*.jsonl"), read_cvbench, lambda task: CVBENCH_PROMPT,
+        ("test_*.parquet", "*.parquet", "*.jsonl"), CVBENCH_SOURCES, read_cvbench,
+        lambda task: CVBENCH_PROMPT,
         paper={"Qwen2.5-VL-3B": {"2D": 69.3, "3D": 72.2, "Avg": 70.7},
                "HATCH": {"2D": 70.5, "3D": 78.4, "Avg": 74.5}})}
 OVERALL = ("spar-mv", "mindcube", "mmsi")  # Table 1's last column: the mean of their averages
@@ -520,48 +513,44 @@ class Run(NamedTuple):
 
     bench: str
     name: str  # of the model, and how it was asked
-    model: str
     records: list
     rows: list
-    form: dict  # means of R_fmt and R_act, where they can be had
+    form: dict  # means of R_fmt and R_act, where they can be had, and of how many responses
 
 
-def score_run(bench, model, mode, records, convention):
-    """Score records {"id", "task", "gold", "response", ...}: adds "answer", "score" and, for
-    responses with camera moves, "format" and "action" to each. Returns the Run."""
+def score_run(bench, name, records, convention):
+    """Score records {"id", "task", "gold", "response", "mode", "views", "item"}: adds "answer" and
+    "score" and, for responses with camera moves, "format" and "action". Returns the Run."""
     scores = {}
     for record in records:
         record["answer"] = answer_of(record["response"])
-        record["score"] = score_answer(bench, record["task"], record["answer"], record["gold"],
-                                       record.get("choices", ()))
+        record["score"] = score_answer(bench, record["task"], record["answer"], record["gold"])
         scores.setdefault(record["task"], []).append(record["score"])
-        if record.get("mode") == "action" and record.get("views"):
+        if record["mode"] == "action" and record["views"]:
             record["format"] = rewards.format_reward(record["response"], record["views"])
-            if record.get("poses"):
-                record["action"] = rewards.action_reward(record["response"], gold_plans(record))
+            if record["item"] and record["item"].poses is not None:
+                record["action"] = rewards.action_reward(
+                    record["response"], gold_plans(record["item"].poses))
     form = {}
-    for name in ("format", "action"):
-        values = [record[name] for record in records if name in record]
-        if values:
-            form[name], form[f"{name}_n"] = float(np.mean(values)), len(values)
-    rows = table_rows(bench, scores, convention)
-    return Run(bench, f"{model}, {mode}" if mode else model, model, records, rows, form)
+    for part in ("format", "action"):
+        if values := [record[part] for record in records if part in record]:
+            form |= {part: float(np.mean(values)), f"{part}_n": len(values)}
+    return Run(bench, name, records, table_rows(bench, scores, convention), form)
 
 
-def gold_plans(record):
-    """The teacher's {(i, j): plan} of a record whose views have known poses."""
-    poses = np.array(record["poses"])
+def gold_plans(poses):
+    """The teacher's {(i, j): plan} between views of known poses."""
     return {(i, j): geometry.actions_from_pose(geometry.relative_pose(poses[i], poses[j]))
             for i, j in rewards.required_pairs(len(poses))}
 
 
 def overall(runs):
-    """{name: Overall} of the paper's Table 1, for models with a run on each of its benchmarks."""
+    """{name: Overall} of the paper's Table 1, for what has a run on each of its benchmarks."""
     averages = {}
     for run in runs:
         if run.bench in OVERALL:
-            averages.setdefault(run.model, {})[run.bench] = run.rows[-1].score
-    return {model: sum(found.values()) / 3 for model, found in averages.items() if len(found) == 3}
+            averages.setdefault(run.name, {})[run.bench] = run.rows[-1].score
+    return {name: sum(found.values()) / 3 for name, found in averages.items() if len(found) == 3}
 
 
 def tables(runs):
@@ -572,57 +561,79 @@ def tables(runs):
     found = []
     for bench in dict.fromkeys(run.bench for run in runs):
         those, paper = [run for run in runs if run.bench == bench], BENCHES[bench].paper
-        header = ["n", *(run.name for run in those), *(f"{name} (paper)" for name in paper)]
-        labels = dict.fromkeys((row.label, row.depth) for run in those for row in run.rows)
-        labels = sorted(labels, key=lambda label: label[0] == "Avg")  # a run may lack tasks
+        by_label = [{row.label: row for row in run.rows} for run in those]
+        header = [text for run in those for text in (run.name, "n")]
+        header += [f"{name} (paper)" for name in paper]
+        every = {record["task"]: [0.0] for run in those for record in run.records}
         lines = []
-        for label, depth in labels:
-            rows = [next((r for r in run.rows if (r.label, r.depth) == (label, depth)), None)
-                    for run in those]
-            cells = [f"{row.score:.1f} ({row.low:.1f}-{row.high:.1f})" if row else ""
-                     for row in rows]
-            cells += [f"{numbers[label]:.1f}" if label in numbers else ""
-                      for numbers in paper.values()]
-            lines.append((label, depth, [f"{max(row.n for row in rows if row):,}", *cells]))
+        for label, depth, *_ in table_rows(bench, every, draws=1):  # all rows, in their order
+            cells = []
+            for row in (rows.get(label) for rows in by_label):
+                cells += [f"{row.score:.1f} ({row.low:.1f}-{row.high:.1f})", f"{row.n:,}"] if (
+                    row) else ["", ""]
+            cells += [f"{row[label]:.1f}" if label in row else "" for row in paper.values()]
+            lines.append((label, depth, cells))
         found.append((BENCHES[bench].title, header, lines))
-    means = overall(runs)
-    if means:
+    if means := overall(runs):
         cells = [f"{mean:.1f}" for mean in (*means.values(), *PAPER_OVERALL.values())]
         header = [*means, *(f"{name} (paper)" for name in PAPER_OVERALL)]
         found.append(("Overall of Table 1", header, [("Overall", 0, cells)]))
     return found
 
 
-def form_lines(runs):
-    """What the camera moves in the responses of each run are like, a line each."""
+def notes(runs, convention):
+    """What is to be said below the tables, a line each."""
     said = []
     for run in runs:
-        parts = [f"mean {what} {run.form[name]:.3f} of {run.form[f'{name}_n']:,}"
-                 for name, what in (("format", "R_fmt"), ("action", "R_act")) if name in run.form]
+        parts = [f"mean {what} {run.form[part]:.3f} of {run.form[f'{part}_n']:,}"
+                 for part, what in (("format", "R_fmt"), ("action", "R_act")) if part in run.form]
         if parts:
             said.append(f"{run.name}: {', '.join(parts)} responses with camera moves")
+    said.append("Percent; in brackets 95 % bootstrap intervals."
+                + " The paper's rows are quoted from its tables."
+                * any(BENCHES[run.bench].paper for run in runs)
+                + " Averages of SPAR-Bench are over task means here, the paper's over questions."
+                * (convention == "spar"))
     return said
 
 
-NOTE = "Percent; in brackets 95 % bootstrap intervals. The paper's rows are quoted from its tables."
+def printable(text):
+    """A text with control characters, lone surrogates and the like replaced."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}"
+                   for c in text)
 
 
-def print_tables(runs):
+def print_tables(runs, convention):
     for title, header, lines in tables(runs):
         texts = [[title, *header]] + [["  " * depth + label, *cells]
                                       for label, depth, cells in lines]
         widths = [max(len(text[k]) for text in texts) for k in range(len(texts[0]))]
         print()
         for first, *others in texts:
-            print(first.ljust(widths[0]), *(text.rjust(w) for text, w in zip(others, widths[1:])),
-                  sep="   ")
-    print("", *form_lines(runs), NOTE, sep="\n", flush=True)
+            print(printable("   ".join([first.ljust(widths[0]), *(
+                text.rjust(w) for text, w in zip(others, widths[1:]))])))
+    print("", *map(printable, notes(runs, convention)), sep="\n", flush=True)
 
 
 # -------------------------------------------------------------------------------- reading the files
 
-FIELDS = ("id", "idx", "index", "task", "type", "source", "category", "question_type", "question",
-          "prompt", "choices", "answer", "gt_answer", "pose")  # not the depth maps of a parquet
+
+class Skipped:
+    """Told of what cannot be used. Says the first twenty at once and keeps all in `named`."""
+
+    def __init__(self, say):
+        self.say, self.named = say, []
+
+    def __call__(self, message):
+        self.named.append(message)
+        if len(self.named) <= 20:
+            self.say(f"skipped {printable(message)}")
+        elif len(self.named) == 21:
+            self.say("skipped more; results.json names them all")
+
+
+FIELDS = ("id", "idx", "index", "task", "source", "category", "question_type", "question",
+          "prompt", "answer", "gt_answer", "pose")  # not the depth maps of a parquet
 
 
 def read_rows(path):
@@ -643,8 +654,11 @@ def _parquet_rows(path):
     if column is None:
         raise geometry.DataError(f"{path}: has no column image or images, only {', '.join(names)}")
     for group in range(file.num_row_groups):
-        rows = file.read_row_group(group, columns=[n for n in names if n in FIELDS]).to_pylist()
-        for k, row in enumerate(rows):
+        try:
+            rows = file.read_row_group(group, columns=[n for n in names if n in FIELDS])
+        except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+            raise geometry.DataError(f"{path}: row group {group} is damaged ({error})") from None
+        for k, row in enumerate(rows.to_pylist()):
             yield row, partial(_parquet_images, path, group, column, k)
 
 
@@ -655,7 +669,7 @@ def _parquet(path):
         raise geometry.DataError(f"{path}: reading parquet needs `pip install pyarrow`") from None
     try:
         return pyarrow.parquet.ParquetFile(path)
-    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+    except (OSError, ValueError) as error:
         raise geometry.DataError(f"{path}: cannot be read as parquet ({error})") from None
 
 
@@ -665,7 +679,12 @@ def _parquet_column(path, group, column):
 
 
 def _parquet_images(path, group, column, k):
-    return open_images(_parquet_column(path, group, column)[k].as_py(), path.parent)
+    with ONE_READER:  # a row group may be the whole file: not once a thread
+        cells = _parquet_column(path, group, column)[k]
+    return open_images(cells.as_py(), path.parent)
+
+
+ONE_READER = threading.Lock()
 
 
 def _tsv_rows(path):
@@ -673,13 +692,18 @@ def _tsv_rows(path):
     position = Position()
     with open(path, "rb") as file:
         reader = csv.reader(position.count(file), delimiter="\t")
-        names = next(reader, [])
-        start = position.bytes
-        for values in reader:
-            row = dict(zip(names, values))
-            row.pop("image", None)
-            yield row, partial(_tsv_images, path, start, names)
+        names = [name.removeprefix("\ufeff") for name in next(reader, [])]
+        while True:
             start = position.bytes
+            try:
+                row = dict(zip(names, next(reader)))
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield geometry.DataError(f"not a line of tsv ({error})"), None
+            else:
+                row.pop("image", None)
+                yield row, partial(_tsv_images, path, start, names)
 
 
 class Position:
@@ -710,7 +734,7 @@ def _jsonl_rows(path):
                 names = row.get("images") or row.get("image")
                 yield {k: v for k, v in row.items() if k in FIELDS}, partial(
                     open_images, names, path.parent)
-            except (ValueError, AttributeError) as error:
+            except (ValueError, AttributeError, RecursionError) as error:
                 yield geometry.DataError(f"not a JSON object ({error})"), None
 
 
@@ -757,6 +781,8 @@ def ask(k, items, args, tokenizer, processor):
     try:
         pictures = item.images()
         images = processor(images=pictures, return_tensors="pt")
+        if item.poses is not None and len(item.poses) != len(pictures):
+            raise ValueError(f"{len(pictures)} images, {len(item.poses)} poses")
     except IMAGE_ERRORS as error:
         return f"{item.id} ({item.task}): its images cannot be read ({error})"
     mode = args.mode if len(pictures) > 1 else "direct"
@@ -874,10 +900,7 @@ def longest_response(asked, args):
 def predict(items, args, path, skip, say, rank, world, device):
     """Answer what `path`, predictions.jsonl, has not; append as the answers come."""
     source = find_model(args.model)
-    done = set()
-    if rank == 0:
-        done = {record["id"] for record in continue_predictions(path, args, source, say)}
-    done = set(gather(sorted(done)))
+    done = set(gather(continue_predictions(path, items, args, source, say) if rank == 0 else []))
     todo = [item for item in items if item.id not in done]
     say(f"data    {args.data}: {len(items):,} questions of {BENCHES[args.bench].title}, "
         f"{len(todo):,} of them to be asked")
@@ -918,32 +941,32 @@ def record_of(asked, response):
 
 
 def facts_of(item):
-    """What scoring and showing a response needs to know of its question."""
-    return {"task": item.task, "question": item.question, "gold": item.gold,
-            "choices": list(item.choices), "poses": item.poses}
+    """What a line of predictions.jsonl repeats of its question, to be scored without the data."""
+    return {"task": item.task, "question": item.question, "gold": item.gold}
 
 
-def continue_predictions(path, args, source, say):
-    """Records of `path` if it is of this very run; otherwise put it aside and begin a new one."""
+def continue_predictions(path, items, args, source, say):
+    """Ids that `path` has if it is of this very run; otherwise put it aside and begin a new one."""
     weights = sorted([file.name, file.stat().st_size, int(file.stat().st_mtime)]
                      for file in source.glob("*.safetensors"))
     head = {"args": vars(args), "weights": weights, "versions": {
         "python": platform.python_version(), "torch": torch.__version__,
         "transformers": transformers.__version__, "numpy": np.__version__}}
     if path.exists():
+        whole = path.read_bytes()
+        if not whole.endswith(b"\n"):  # a kill can cut the last line
+            os.truncate(path, whole.rfind(b"\n") + 1)
         old, records, _ = read_predictions(path)
-        same = old.get("weights") == weights and all(
-            old["args"].get(name) == getattr(args, name)
-            for name in ("bench", "model", "mode", "max_pixels", "max_new_tokens", "precision"))
-        if same:
-            whole = path.read_bytes()
-            if not whole.endswith(b"\n"):  # a kill can cut the last line
-                os.truncate(path, whole.rfind(b"\n") + 1)
-            return records
+        facts = {item.id: facts_of(item) for item in items}
+        if old.get("weights") == weights and all(
+                old["args"].get(name) == getattr(args, name) for name in (
+                    "bench", "model", "mode", "max_pixels", "max_new_tokens", "precision")) and all(
+                facts.get(record["id"], record).items() <= record.items() for record in records):
+            return [record["id"] for record in records]
         aside = next(place for k in itertools.count(1)
                      if not (place := path.with_name(f"predictions.{k}.jsonl")).exists())
         path.rename(aside)
-        say(f"{path} was of another model or other arguments: it is now {aside.name}")
+        say(f"{path} was of another model, other arguments or questions: it is now {aside.name}")
     path.write_text(json.dumps(head) + "\n")
     return []
 
@@ -957,63 +980,89 @@ def read_predictions(path):
     except OSError as error:
         raise geometry.DataError(f"{path}: cannot be read ({error.strerror})") from None
     for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
         try:
-            record = json.loads(line)
-            if number == 1 and "args" in record:
-                head = record
-            elif not isinstance(record["response"], str):
-                broken.append(f"{path}, line {number}: its response is no text")
-            else:
-                records[str(record["id"])] = record | {"id": str(record["id"])}  # the last counts
+            record = json.loads(line) if line.strip() else None
         except (ValueError, RecursionError):
             broken.append(f"{path}, line {number}: not JSON")
-        except (KeyError, TypeError):
-            broken.append(f'{path}, line {number}: needs "id" and "response"')
+            continue
+        if number == 1 and isinstance(record, dict) and "response" not in record and isinstance(
+                record.get("args"), dict):
+            head = record
+        elif isinstance(record, dict) and isinstance(record.get("response"), str) and isinstance(
+                record.get("id"), (str, int)):
+            name = str(record["id"])
+            if name in records:
+                broken.append(f"{path}, line {number}: question {name!r} again; the last counts")
+            records[name] = record | {"id": name}
+        elif record is not None:
+            broken.append(f'{path}, line {number}: needs "id" and "response", a text')
     return head, list(records.values()), broken
 
 
-def read_run(path, args, skip):
-    """Bench, model, mode, records and items (None without --data) of a file of predictions."""
+def read_run(path, args, skip, items=None):
+    """(bench, name, records) of a file of predictions, the records ready for score_run.
+
+    items: {id: Item}, if they have been read already. Raises DataError if no line can be used.
+    """
     head, records, broken = read_predictions(path)
+    said, complete = head.get("args", {}), []
+    bench, mode = args.bench or said.get("bench"), said.get("mode") or args.mode
+    if not isinstance(bench, str) or bench not in BENCHES:
+        raise geometry.DataError(f"{path}: does not say which benchmark it is of: add --bench")
+    if items is None:
+        items = find_items(bench, args.data, said.get("data"), skip)
+    else:  # with --limit, fewer than have been answered before
+        records = [record for record in records if record["id"] in items]
+    for record in records:
+        try:
+            complete.append(completed(record, items, bench, mode))
+        except geometry.DataError as error:
+            broken.append(f"{path}, question {record['id']!r:.60}: {error}")
     for line in broken:
         skip(line)
-    said = head.get("args", {})
-    bench, data = args.bench or said.get("bench"), args.data or said.get("data")
-    if bench not in BENCHES:
-        raise geometry.DataError(f"{path}: does not say which benchmark it is of: add --bench")
-    items = None
-    if data and (args.data or Path(data).exists()):
-        items = {item.id: item for item in load_items(bench, data, skip)}
-    complete = []
-    for record in records:
-        if items is not None:
-            if record["id"] not in items:
-                skip(f"{path}: {data} has no question {record['id']}")
-                continue
-            record |= facts_of(items[record["id"]])
-        elif "gold" not in record:
-            raise geometry.DataError(
-                f"{path}: question {record['id']} has no task and gold answer: name the "
-                "benchmark's file with --data, so that they can be looked up")
-        if record.get("task") not in known_tasks(bench) or not isinstance(record["gold"], str):
-            skip(f"{path}, question {record['id']}: task {record.get('task')!r} and gold "
-                 f"{record['gold']!r} are none of {bench}")
-            continue
-        complete.append(record)
     if not complete:
-        raise geometry.DataError(f"{path}: holds no prediction that can be scored")
+        raise geometry.DataError(f"{path}: holds no prediction that can be scored"
+                                 f"{'; ' + broken[0] if broken else ''}")
     if items and len(items) > len(complete):
         skip(f"{path}: {len(items) - len(complete):,} of the benchmark's {len(items):,} questions "
              "have no prediction")
-    mode = said.get("mode", args.mode)
-    return bench, said.get("model", Path(path).stem), mode, complete, items
+    model = args.model or said.get("model") or Path(path).with_suffix("")
+    return bench, f"{model}, {mode}" if mode else str(model), complete
 
 
-def known_tasks(bench):
-    return {"mindcube": MINDCUBE_SETTINGS, "mmsi": MMSI_TASKS,
-            "cvbench": CVBENCH_SOURCES}.get(bench, SPAR_TASKS)
+def completed(record, items, bench, mode):
+    """A record with what score_run asks for, whatever engine wrote it; DataError if it cannot be
+    scored. items: {id: Item} of the benchmark, or None."""
+    item = None if items is None else items.get(record["id"])
+    if items is not None and item is None:
+        raise geometry.DataError("the benchmark has no such question")
+    facts = facts_of(item) if item else {
+        name: record.get(name) for name in ("task", "question", "gold")}
+    for name, fact in facts.items():
+        if str(record.get(name, fact)) != str(fact):
+            raise geometry.DataError(f"the benchmark's {name} for it is another")
+    if facts["gold"] is None:
+        raise geometry.DataError("it has no task and gold answer: name the benchmark's file with "
+                                 "--data, so that they can be looked up")
+    if facts["task"] not in BENCHES[bench].tasks:
+        raise geometry.DataError(f"{facts['task']!r:.60} is no task of {BENCHES[bench].title}")
+    views = record.get("views", item and item.poses is not None and len(item.poses))
+    if type(views) is not int or not 1 <= views <= 64:
+        views = None  # then nothing is said about its form
+    return {"id": record["id"], "response": record["response"], "task": facts["task"],
+            "question": str(facts["question"] or ""), "gold": str(facts["gold"]),
+            "mode": record.get("mode", mode), "views": views, "item": item}
+
+
+def find_items(bench, data, said, skip):
+    """{id: Item} of the benchmark in --data, or where the predictions say that it was, if it is
+    still there; else None."""
+    try:
+        return {item.id: item for item in load_items(bench, data or str(said), skip)}
+    except geometry.DataError:
+        if data:
+            raise
+        return None
 
 
 # ------------------------------------------------------------------------------ looking at curves
@@ -1031,34 +1080,32 @@ PANELS = (  # stage, field, title; the first two are Figure 3 of the paper
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000", "#999999")
 
 
-def read_curves(paths):
-    """[(name, stage, {field: (steps, values)})] of log.jsonl files."""
-    curves = []
-    for path in map(Path, paths):
-        fields, stage = {}, "sft"
+def read_curve(path):
+    """(name, stage, {field: (steps, values)}) of a log.jsonl. Raises DataError if it is none."""
+    fields, stage = {}, "sft"
+    try:
+        lines = Path(path).read_text().splitlines()[1:]
+    except (OSError, ValueError) as error:
+        raise geometry.DataError(f"{path}: no log.jsonl ({error})") from None
+    for line in lines:
         try:
-            head, *lines = path.read_text().splitlines()
-        except (OSError, ValueError) as error:
-            raise geometry.DataError(f"{path}: no log.jsonl ({error})") from None
-        for line in lines:
-            try:
-                record = json.loads(line)
-                step = record["step"]
-            except (ValueError, KeyError, TypeError):
-                continue  # a line that is being written
-            stage = "grpo" if "kl" in record else "pasta" if "excess" in record else stage
-            for name, value in record.items():
-                if type(value) in (int, float) and math.isfinite(value):
-                    fields.setdefault(name, []).append((step, value))
-        curves.append((path.parent.name or str(path), stage, {
-            name: tuple(np.array(column, float) for column in zip(*points))
-            for name, points in fields.items()}))
-    return curves
+            record = json.loads(line)
+        except ValueError:
+            continue  # it is being written
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise geometry.DataError(f"{path}: no log.jsonl, a line has no step")
+        stage = "grpo" if "kl" in record else "pasta" if "excess" in record else stage
+        for name, value in record.items():
+            if type(value) in (int, float) and math.isfinite(value):
+                fields.setdefault(name, []).append((record["step"], value))
+    return Path(path).parent.name or str(path), stage, {
+        name: tuple(np.array(column, float) for column in zip(*points))
+        for name, points in fields.items()}
 
 
-def draw_curves(paths):
-    """Plots of the training curves in log.jsonl files: list of PIL images, one a quantity."""
-    curves, panels = read_curves(paths), []
+def draw_curves(curves):
+    """Plots of what read_curve returns: list of PIL images, one a quantity."""
+    panels = []
     for stage, field, title in PANELS:
         lines = [(COLOURS[k % len(COLOURS)], name, *fields[field])
                  for k, (name, its, fields) in enumerate(curves)
@@ -1164,8 +1211,8 @@ article { border: 1px solid #d0d7de; border-radius: .5rem; padding: .8rem; margi
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f8fa; padding: .5rem;
       margin: .3rem 0; font-size: .8rem; max-height: 14rem; overflow-y: auto }
 .score { font-weight: 600; padding: .05rem .5rem; border-radius: 1rem; color: #fff }
-.question { overflow-wrap: anywhere }
-.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)) }
+article { overflow-wrap: anywhere }
+.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)) }
 @media (max-width: 40rem) { body { padding: .6rem } .views img { width: 40vw }
  th, td { white-space: normal; padding: .15rem .3rem } td.task { padding-left: .8rem }
  table { font-size: .8rem } td:first-child { overflow-wrap: anywhere } }
@@ -1176,14 +1223,12 @@ GOLD, WRITTEN = "#1a7f37", "#d55e00"
 
 def shown(text, longest=2000):
     """Any text as HTML that shows it: escaped, control characters replaced, cut."""
-    cut = text[:longest]
-    cut = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in cut)
     more = f" ... ({len(text):,} characters)" if len(text) > longest else ""
-    return html.escape(cut) + more
+    return html.escape(printable(text[:longest])) + more
 
 
-def write_report(path, runs, samples, curves):
-    """One self-contained page. samples: [(Run, record, PIL images or None)]; curves: PIL images."""
+def write_report(path, runs, samples, curves, convention):
+    """One self-contained page. samples: [(Run, record)]; curves: PIL images."""
     parts = [PAGE, "<h1>HATCH: evaluation</h1>"]
     for title, header, lines in tables(runs):
         head = "".join(f"<th>{shown(cell)}</th>" for cell in header)
@@ -1193,7 +1238,7 @@ def write_report(path, runs, samples, curves):
             parts.append(f'<tr class="{"task" if depth else "group"}"><td class="'
                          f'{"task" if depth else ""}">{shown(label)}</td>{row}</tr>')
         parts.append("</table></div>")
-    parts += [f'<p class="note">{shown(line)}</p>' for line in (*form_lines(runs), NOTE)]
+    parts += [f'<p class="note">{shown(line)}</p>' for line in notes(runs, convention)]
     if curves:
         parts.append('<h2>Training</h2><p class="note">Thin: each step; thick: running mean.</p>'
                      f'<div class="curves">{"".join(img(panel, "PNG") for panel in curves)}</div>')
@@ -1207,8 +1252,12 @@ def write_report(path, runs, samples, curves):
     os.replace(beside, path)
 
 
-def article(run, record, pictures):
+def article(run, record):
     """A question of the page: its images, texts, scores and camera paths."""
+    try:
+        pictures = record["item"].images() if record["item"] else []
+    except IMAGE_ERRORS:
+        pictures = []
     scores = [("score", record["score"])] + [
         (what, record[name]) for name, what in (("action", "R_act"), ("format", "R_fmt"))
         if name in record]
@@ -1217,19 +1266,20 @@ def article(run, record, pictures):
         "</span>" for what, value in scores)
     images = "".join(
         f"<figure>{img(picture, 'JPEG', 400)}<figcaption>view {k}</figcaption></figure>"
-        for k, picture in enumerate(pictures or ()))
+        for k, picture in enumerate(pictures))
     parts = [f'<article><div>{badges} <b>{shown(record["task"])}</b> '
              f'<span class="note">{shown(record["id"])}, {shown(run.name)}</span></div>',
              f'<div class="views">{images}</div>' if images else
              '<p class="note">The images are shown with --data.</p>',
-             f'<p class="question">{shown(record.get("question") or "")}</p>',
+             f'<p>{shown(record["question"])}</p>',
              f'<p>gold <b>{shown(record["gold"])}</b>, read '
              f'<b>{shown(record["answer"], 200) or "nothing"}</b></p>',
              f'<pre>{shown(record["response"])}</pre>']
-    if record.get("poses") and "action" in record:
+    if "action" in record:
         written = rewards.parse_response(record["response"]).actions or {}
         parts.append('<div class="views">' + "".join(
-            from_above(pair, plan, written.get(pair)) for pair, plan in gold_plans(record).items())
+            from_above(pair, plan, written.get(pair)) for pair, plan in
+            gold_plans(record["item"].poses).items())
             + "</div>")
     return "".join(parts) + "</article>"
 
@@ -1284,12 +1334,12 @@ def from_above(pair, gold, written, side=150):
 
 
 def draw_examples(runs, how_many):
-    """[(number of the run, record)] at random, evenly over the tasks of all runs."""
+    """[(Run, record)] at random, evenly over the tasks of all runs."""
     rng, queues = np.random.default_rng(0), []
-    for number, run in enumerate(runs):
+    for run in runs:
         by_task = {}
         for k in rng.permutation(len(run.records)):
-            by_task.setdefault(run.records[k]["task"], deque()).append((number, run.records[k]))
+            by_task.setdefault(run.records[k]["task"], deque()).append((run, run.records[k]))
         queues += by_task.values()
     chosen = []
     while len(chosen) < how_many and any(queues):
@@ -1404,83 +1454,69 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world, device = start_processes()
     say = partial(print, flush=True) if rank == 0 else lambda *_, **__: None
-    out = Path(args.out)
+    out, skip = Path(args.out), Skipped(say)
     out.mkdir(parents=True, exist_ok=True)
-    logs = args.curves or sorted(Path("out").glob("*/log.jsonl"))
-    if args.curves and not args.score:
-        panels = draw_curves(logs)
-        if not panels:
-            raise geometry.DataError(f"{', '.join(logs)}: no log with two steps or more")
-        on_one_sheet(panels).save(out / "curves.png")
-        say(f"wrote   {out / 'curves.png'}")
-        return
-
-    told = []
-
-    def skip(message):  # at once, and counted at the end
-        told.append(message)
-        say(f"skipped {message}")
-
-    if args.score:
-        loaded = [read_run(path, args, skip) for path in args.score]
-    else:
-        if args.model in MADE_BY and not (Path(args.model) / "config.json").exists():
-            raise geometry.DataError(
-                f"{args.model}: not there yet; run `{MADE_BY[args.model]}` first")
-        if args.demo:
-            say("Demo: rendered rooms. The real run, for example:\n  python evaluate.py --bench "
-                "spar-mv --data /path/to/SPAR-Bench")
-            if not Path(args.data).is_dir():
-                raise geometry.DataError(f"{args.data}: not there yet; run `python pasta.py "
-                                         "--grid 4`, which renders it, or name --data")
-        if args.batch % world:
-            raise geometry.DataError(
-                f"--batch {args.batch} cannot be shared by {world} processes: use --batch {world}")
-        items = load_items(args.bench, args.data, skip)
-        if args.limit and args.limit < len(items):
-            kept = np.random.default_rng(0).permutation(len(items))[:args.limit]
-            items = [items[k] for k in sorted(kept)]
-        path = out / "predictions.jsonl"
+    if not args.score and not args.draw_only:
+        path, items = out / "predictions.jsonl", choose_items(args, world, skip, say)
         predict(items, args, path, skip, say, rank, world, device)
-        if rank == 0:
-            asked = {item.id: item for item in items}
-            records = [r for r in read_predictions(path)[1] if r["id"] in asked]
-            if not records:
-                raise geometry.DataError(f"{args.data}: not one question could be asked")
-            loaded = [(args.bench, args.model, args.mode, records, asked)]
     if rank == 0:
-        runs = [score_run(*one[:4], args.convention) for one in loaded]
-        write_results(out, runs, [one[4] for one in loaded], logs, told, args, say)
+        curves = []
+        for log in args.curves or sorted(Path("out").glob("*/log.jsonl")):
+            try:
+                curves.append(read_curve(log))
+            except geometry.DataError as error:
+                if args.curves:
+                    raise
+                skip(str(error))
+        panels = draw_curves(curves)
+        if panels:
+            on_one_sheet(panels).save(out / "curves.png")
+        elif args.draw_only:
+            raise geometry.DataError(f"{', '.join(args.curves)}: no log with two steps or more")
+        if args.draw_only:
+            say(f"wrote   {out / 'curves.png'}")
+        else:
+            found = [read_run(file, args, skip) for file in args.score] if args.score else [
+                read_run(path, args, skip, {item.id: item for item in items})]
+            runs = [score_run(*one, args.convention) for one in found]
+            write_results(out, runs, panels, skip.named, args, say)
     if world > 1:
         dist.destroy_process_group()
 
 
-def write_results(out, runs, asked, logs, told, args, say):
-    """Print the tables; write results.json, curves.png and report.html. asked: {id: Item} or None
-    of each run."""
-    print_tables(runs)
+def choose_items(args, world, skip, say):
+    """The questions to be asked: --limit of them at random, or all."""
+    if args.model in MADE_BY and not (Path(args.model) / "config.json").exists():
+        raise geometry.DataError(f"{args.model}: not there yet; run `{MADE_BY[args.model]}` first")
+    if args.demo:
+        say("Demo: rendered rooms. The real run, for example:\n"
+            "  python evaluate.py --bench spar-mv --data /path/to/SPAR-Bench")
+        if not Path(args.data).is_dir():
+            raise geometry.DataError(f"{args.data}: not there yet; run `python pasta.py --grid 4`, "
+                                     "which renders it, or name --data")
+    if args.batch % world:
+        raise geometry.DataError(
+            f"--batch {args.batch} cannot be shared by {world} processes: use --batch {world}")
+    items = load_items(args.bench, args.data, skip)
+    kept = np.random.default_rng(0).permutation(len(items))[:args.limit]
+    return [items[k] for k in sorted(kept)]
+
+
+def write_results(out, runs, panels, skipped, args, say):
+    """Print the tables; write results.json and report.html."""
+    print_tables(runs, args.convention)
     (out / "results.json").write_text(json.dumps({
-        "args": vars(args), "skipped": told, "overall": overall(runs), "runs": [
-            {"bench": run.bench, "name": run.name, "model": run.model, **run.form,
+        "args": vars(args), "skipped": skipped, "overall": overall(runs), "runs": [
+            {"bench": run.bench, "name": run.name, **run.form,
              "rows": [row._asdict() for row in run.rows]} for run in runs],
         "paper": {bench.title: bench.paper for bench in BENCHES.values() if bench.paper}},
         indent=1) + "\n")
-    curves, samples = draw_curves(logs), []
-    if curves:
-        on_one_sheet(curves).save(out / "curves.png")
-
-    for number, record in draw_examples(runs, args.show):
-        item = (asked[number] or {}).get(record["id"])
-        try:
-            pictures = item.images() if item else None
-        except IMAGE_ERRORS:
-            pictures = None
-        samples.append((runs[number], record, pictures))
-    write_report(out / "report.html", runs, samples, curves)
-    if told:
-        say(f"skipped {len(told):,} rows or predictions that cannot be used, named above")
+    samples = draw_examples(runs, args.show)
+    write_report(out / "report.html", runs, samples, panels, args.convention)
+    if skipped:
+        say(f"skipped {len(skipped):,} rows, predictions or logs, named above and in results.json")
     say(f"wrote   {out}: {'' if args.score else 'predictions.jsonl, '}results.json, "
-        f"{'curves.png, ' if curves else ''}report.html")
+        f"{'curves.png, ' if panels else ''}report.html")
 
 
 if __name__ == "__main__":
