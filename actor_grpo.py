@@ -278,20 +278,17 @@ def rollout(model, prompts, noise, budgets, temperature, banned, end, images):
         sees[b, :, :, :length] = True
     sees[:, :, :, L:] = torch.eye(G, dtype=torch.bool, device=device).repeat(1, longest)
     after = torch.tensor([int(prompt.positions.max()) + 1 for prompt in prompts], device=device)
+    language = model.model.language_model
+    cos, sin = language.rotary_emb(cache[0], (after[:, None] + torch.arange(
+        longest, device=device)).expand(3, -1, -1))  # (B, longest, d): all completions' positions
     budgets = torch.tensor(budgets, device=device)[:, None]
 
-    def features_of(b, prompt):
-        return embed(model, prompt.ids.to(device), prompt.patches, prompt.grids, images[b])
-
-    def forward(features, positions, layout):
-        return model.model.language_model(
-            inputs_embeds=features, position_ids=positions, use_cache=False, layout=layout,
-            attention_mask={"full_attention": None}).last_hidden_state
-
-    hidden = forward(
-        torch.cat([features_of(b, prompt) for b, prompt in enumerate(prompts)])[None],
-        torch.cat([prompt.positions for prompt in prompts], dim=1)[:, None].to(device),
-        partial(fill_cache, cache=cache, lengths=lengths))[0]
+    features = torch.cat([embed(model, prompt.ids.to(device), prompt.patches, prompt.grids, its)
+                          for prompt, its in zip(prompts, images)])
+    hidden = language(
+        inputs_embeds=features[None], use_cache=False, attention_mask={"full_attention": None},
+        position_ids=torch.cat([prompt.positions for prompt in prompts], dim=1)[:, None].to(device),
+        layout=partial(fill_cache, cache=cache, lengths=lengths)).last_hidden_state[0]
     last = torch.tensor(lengths, device=device).cumsum(0) - 1
     hidden = hidden[last, None].expand(B, G, -1)  # every completion starts from the prompt's last
     tokens = torch.full((B, G, longest), end[0], device=device)
@@ -305,11 +302,31 @@ def rollout(model, prompts, noise, budgets, temperature, banned, end, images):
         going = going & ~torch.isin(chosen, chosen.new_tensor(end)) & (t + 1 < budgets)
         if not going.any():
             break
-        hidden = forward(
-            model.get_input_embeddings()(tokens[:, :, t]),  # (B, G, D)
-            (after + t)[None, :, None].expand(3, B, G),
-            partial(read_cache, cache=cache, at=L + G * t, sees=sees))
+        hidden = decode_step(
+            language, model.get_input_embeddings()(tokens[:, :, t]), cos[:, t, None],
+            sin[:, t, None], partial(read_cache, cache=cache, at=L + G * t, sees=sees))
     return tokens[:, :, :t + 1], mask[:, :, :t + 1]
+
+
+def decode_step(language, features, cos, sin, layout):
+    """The language model on one new token of every completion: features (B, G, D) -> the same.
+
+    Written out, since so small a step spends its time on calls: what the library's layers compute,
+    with fewer of them. cos, sin (B, 1, d) of the one position that a prompt's completions share.
+    """
+    for layer in language.layers:
+        attention, x = layer.self_attn, rms_norm(layer.input_layernorm, features)
+        q, k, v = (project(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+                   for project in (attention.q_proj, attention.k_proj, attention.v_proj))
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        out = layout(attention.layer_idx, q, k, v)  # (B, heads, G, d)
+        features = features + attention.o_proj(out.transpose(1, 2).flatten(2))
+        features = features + layer.mlp(rms_norm(layer.post_attention_layernorm, features))
+    return rms_norm(language.norm, features)
+
+
+def rms_norm(norm, x):
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
 def fill_cache(layer, q, k, v, cache, lengths):

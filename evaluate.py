@@ -309,8 +309,8 @@ def answer_of(response):
 def score_spar(task, prediction, gold):
     """SPAR-Bench's score of a text, in [0, 1]: its official rules, by task alone.
 
-    Two of its oddities are kept, since they are in every published number: any beginning of the
-    gold counts, and view changes are measured relative to the prediction. One is not: an empty
+    Two of its oddities are kept, since they are in every published number: any part of the
+    gold's text counts, and view changes are measured relative to the prediction. One is not: an empty
     prediction scores 0 here.
     """
     if not prediction:
@@ -589,11 +589,11 @@ def notes(runs, convention):
                  for part, what in (("format", "R_fmt"), ("action", "R_act")) if part in run.form]
         if parts:
             said.append(f"{run.name}: {', '.join(parts)} responses with camera moves")
-    said.append("Percent; in brackets 95 % bootstrap intervals."
-                + " The paper's rows are quoted from its tables."
-                * any(BENCHES[run.bench].paper for run in runs)
-                + " Averages of SPAR-Bench are over task means here, the paper's over questions."
-                * (convention == "spar"))
+    said.append("Percent; in brackets 95 % bootstrap intervals.")
+    if any(BENCHES[run.bench].paper for run in runs):
+        said.append("The paper's rows are quoted from its tables.")
+    if convention == "spar":
+        said.append("SPAR-Bench: averages over task means; the paper's are over questions.")
     return said
 
 

@@ -694,7 +694,7 @@ def test_runs_side_by_side_keep_their_rows(root, tmp_path):
     high = next(line for line in done.stdout.splitlines() if line.startswith("High"))
     assert high.split() == ["High", "100.0", "(100.0-100.0)", "1", "100.0", "(100.0-100.0)", "2",
                             "32.6", "67.1"]
-    assert "over task means here" in done.stdout
+    assert "averages over task means" in done.stdout
 
 
 def test_camera_path_is_seen_from_above():
