@@ -1267,8 +1267,9 @@ def article(run, record):
     images = "".join(
         f"<figure>{img(picture, 'JPEG', 400)}<figcaption>view {k}</figcaption></figure>"
         for k, picture in enumerate(pictures))
+    whose = f"{record['id']}, {run.name}" + ": asked directly" * (record["mode"] == "direct")
     parts = [f'<article><div>{badges} <b>{shown(record["task"])}</b> '
-             f'<span class="note">{shown(record["id"])}, {shown(run.name)}</span></div>',
+             f'<span class="note">{shown(whose)}</span></div>',
              f'<div class="views">{images}</div>' if images else
              '<p class="note">The images are shown with --data.</p>',
              f'<p>{shown(record["question"])}</p>',
@@ -1277,10 +1278,9 @@ def article(run, record):
              f'<pre>{shown(record["response"])}</pre>']
     if "action" in record:
         written = rewards.parse_response(record["response"]).actions or {}
-        parts.append('<div class="views">' + "".join(
-            from_above(pair, plan, written.get(pair)) for pair, plan in
-            gold_plans(record["item"].poses).items())
-            + "</div>")
+        paths = "".join(from_above(pair, plan, written.get(pair))
+                        for pair, plan in gold_plans(record["item"].poses).items())
+        parts.append(f'<div class="views">{paths}</div>')
     return "".join(parts) + "</article>"
 
 

@@ -6,7 +6,7 @@
     rewards 32 completions about three views, as one step of reinforcement learning scores
     sft     tokens/s beside transformers.Trainer (needs accelerate); memory of the loss at Qwen's
             151,936 words; on a CUDA GPU also the 3B configuration
-    grpo    a step with one sequence a group beside G separate rows; on a CUDA GPU also at 3B
+    grpo    a step with one sequence a group beside G separate rows; --peer: beside TRL's trainer
     evaluate    greedy answers beside transformers' `generate`; scoring 7,000 predictions
 
 Medians of interleaved repetitions. Nothing here is a test: machines differ, ratios less so.
@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import (
     Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil)
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
@@ -541,6 +542,91 @@ def separate_row_phases(model, prompt, tokens):
     return rollout, reference, policy
 
 
+def peer(G=8, T=96, steps=6):
+    """A whole step beside TRL's GRPOTrainer: same model, prompt, G, length, loss and beta.
+
+    TRL's published processor needs torchvision, so it gets one that knows this prompt only. On a
+    CPU it projects every position through the LM head; here it projects the completions' alone.
+    """
+    try:
+        from datasets import Dataset
+        from transformers import ProcessorMixin, TrainerCallback
+        from trl import GRPOConfig, GRPOTrainer
+    except ImportError:
+        sys.exit("benchmark.py grpo --peer: pip install trl")
+
+    class OnePrompt(ProcessorMixin):
+        chat_template = ""
+
+        def __init__(self, tokenizer, prompt):
+            self.tokenizer, self.prompt = tokenizer, prompt
+
+        def apply_chat_template(self, conversation, tokenize=False, **_):
+            if not tokenize:
+                return "?"
+            fields = self(text=conversation)
+            return {"input_ids": fields.pop("input_ids").tolist(), **fields,
+                    "mm_token_type_ids": fields["mm_token_type_ids"].tolist()}
+
+        def __call__(self, text, **_):
+            ids = self.prompt.ids.expand(len(text), -1)
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids),
+                    "pixel_values": self.prompt.patches.repeat(len(text), 1),
+                    "image_grid_thw": self.prompt.grids.repeat(len(text), 1),
+                    "mm_token_type_ids": (
+                        ids == self.tokenizer.convert_tokens_to_ids("<|image_pad|>")).int()}
+
+        def batch_decode(self, *args, **kwargs):
+            return self.tokenizer.batch_decode(*args, **kwargs)
+
+    def completions_only(model, input_ids, attention_mask, logits_to_keep, batch_size=None,
+                         compute_entropy=False, compute_aux_loss=False, num_images=None, **images):
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, **images,
+                       logits_to_keep=logits_to_keep + 1).logits[:, :-1]
+        log_p = torch.log_softmax(logits, -1).gather(-1, input_ids[:, -logits_to_keep:, None])
+        return log_p[..., 0], torch.zeros_like(log_p[..., 0]), None
+
+    for size in (224, 448):
+        with tempfile.TemporaryDirectory() as folder:
+            model, plain, prompt, tokens, tokenizer = grpo_setting(folder, size, G, T)
+            optimizer = actor_grpo.Adam(model, torch.float32, 1e-5, 1.0)
+            banned = tokenizer.convert_tokens_to_ids(actor_grpo.BANNED)
+            phases, ours, theirs = one_sequence_phases(model, prompt, tokens, banned), [], []
+
+            class Between(TrainerCallback):
+                """Times TRL's steps, and after each of them one of ours."""
+
+                def on_step_begin(self, *_, **__):
+                    self.start = time.perf_counter()
+
+                def on_step_end(self, *_, **__):
+                    theirs.append(time.perf_counter() - self.start)
+                    start = time.perf_counter()
+                    for phase in phases:
+                        phase()
+                    optimizer.step(optimizer.reduce())
+                    ours.append(time.perf_counter() - start)
+
+            config = GRPOConfig(
+                folder, per_device_train_batch_size=G, num_generations=G, max_steps=steps,
+                max_completion_length=T, beta=0.01, loss_type="grpo", temperature=1.0, top_k=0,
+                generation_kwargs={"min_new_tokens": T}, learning_rate=1e-5, use_cpu=True,
+                bf16=False, gradient_checkpointing=False, report_to=[], save_strategy="no",
+                logging_steps=1000, disable_tqdm=True)
+            pictures = [Image.new("RGB", (size, size))] * 3  # not looked at
+            trainer = GRPOTrainer(
+                plain, reward_funcs=lambda completions, **_: list(map(float, range(G))),
+                args=config, processing_class=OnePrompt(tokenizer, prompt), callbacks=[Between()],
+                train_dataset=Dataset.from_list([{
+                    "prompt": [{"role": "user", "content": "?"}], "images": pictures}] * steps))
+            trainer._get_per_token_logps_and_entropies = completions_only
+            with contextlib.redirect_stdout(io.StringIO()):
+                trainer.train()
+            one, other = np.median(ours[1:]), np.median(theirs[1:])
+            print(f"grpo, three {size}x{size} images, {G} completions of {T}: a step of TRL "
+                  f"{other:.2f} s, ours {one:.2f} s: {other / one:.1f}x", flush=True)
+
+
 def grpo(G=8, T=96):
     for size in (224, 448):
         with tempfile.TemporaryDirectory() as folder:
@@ -650,6 +736,7 @@ if __name__ == "__main__":
         choices=("pasta", "index", "rewards", "sft", "grpo", "evaluate", "peak-memory"))
     parser.add_argument("--recompute", action="store_true", help="of peak-memory")
     parser.add_argument("--of", help="of peak-memory: whose")
+    parser.add_argument("--peer", action="store_true", help="of grpo: beside TRL's GRPOTrainer")
     parser.add_argument("--size", type=int, default=224, help="of peak-memory: of images")
     chosen = parser.parse_args()
     if chosen.what == "index":
@@ -659,7 +746,7 @@ if __name__ == "__main__":
     elif chosen.what == "sft":
         sft()
     elif chosen.what == "grpo":
-        grpo()
+        peer() if chosen.peer else grpo()
     elif chosen.what == "evaluate":
         answering()
         scoring()
