@@ -25,6 +25,8 @@ Deviations from the official scorers: the answer is cut out of <answer> and stri
 official rule sees it, and an empty answer scores 0, where SPAR-Bench's own code scores it 1.
 """
 
+from __future__ import annotations
+
 import argparse
 import ast
 import base64
@@ -48,15 +50,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-import transformers
 from PIL import Image, ImageDraw, ImageFont
-from safetensors import SafetensorError
-from transformers import (
-    AutoTokenizer, DynamicCache, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil)
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
 import geometry
 import rewards
@@ -67,6 +61,20 @@ MADE_BY = {"out/pasta": "python pasta.py --grid 4",  # the stages, and what runs
            "out/cold_start": "python actor_sft.py --target actions",
            "out/grpo": "python actor_grpo.py"}
 END = ["<|im_end|>", "<|endoftext|>"]  # of a turn; of a text, which a base model may write instead
+
+
+def import_torch():
+    """Import what only answering needs: that takes seconds, and scoring alone can do without."""
+    global torch, dist, F, transformers, SafetensorError, AutoTokenizer, DynamicCache
+    global Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil, apply_rotary_pos_emb_vision
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    import transformers
+    from safetensors import SafetensorError
+    from transformers import (
+        AutoTokenizer, DynamicCache, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil)
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
 
 def parse_args(argv=None):
@@ -309,8 +317,8 @@ def answer_of(response):
 def score_spar(task, prediction, gold):
     """SPAR-Bench's score of a text, in [0, 1]: its official rules, by task alone.
 
-    Two of its oddities are kept, since they are in every published number: any part of the
-    gold's text counts, and view changes are measured relative to the prediction. One is not: an empty
+    Two of its oddities are kept, since they are in every published number: any part of the gold's
+    text counts, and view changes are measured relative to the prediction. One is not: an empty
     prediction scores 0 here.
     """
     if not prediction:
@@ -1452,7 +1460,10 @@ def gather(names):
 
 def main(argv=None):
     args = parse_args(argv)
-    rank, world, device = start_processes()
+    rank, world, device = int(os.environ.get("RANK", 0)), 1, None
+    if not args.score and not args.draw_only:
+        import_torch()
+        rank, world, device = start_processes()
     say = partial(print, flush=True) if rank == 0 else lambda *_, **__: None
     out, skip = Path(args.out), Skipped(say)
     out.mkdir(parents=True, exist_ok=True)
