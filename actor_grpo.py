@@ -1,5 +1,6 @@
-"""Stage 4 of HATCH: reinforcement learning with verifiable rewards (ActoR, section 3.4, appendices
-C and D) by Group Relative Policy Optimization as DeepSeekMath (arXiv 2402.03300) defines it.
+"""Stage 4 of HATCH: reinforcement learning with verifiable rewards (Action-then-Answer Reasoning,
+section 3.4, appendices C and D) by Group Relative Policy Optimization as DeepSeekMath (arXiv
+2402.03300) defines it.
 
 One step, with the numbers that its parts carry in `main`:
 
@@ -25,7 +26,9 @@ responses with their rewards), checkpoint.safetensors (for --resume).
 Axes: B prompts, G completions, L prompt tokens, T completion tokens, D feature, W words.
 
 Deviations from DeepSeekMath's Eq. 3 and 4: the reference is the start model for the whole run (one
-outer iteration); a group without spread has advantage 0 exactly; log-ratios are clamped to +-20.
+outer iteration); A is divided by std + 1e-4, and exactly 0 in a group without spread; log-ratios
+are clamped to +-20; log p is that of the tempered policy, over all words, while sampling leaves the
+vision tokens out.
 Beyond the paper: the choices tagged "not in the paper" on their lines; the README lists them.
 """
 
@@ -86,7 +89,7 @@ def parse_args(argv=None):
     # rewards
     p.add_argument("--reasoning", choices=("action", "language"), default="action",
                    help="what comes before the answer: camera moves, or words (Table 3's ablation)")
-    p.add_argument("--weights", type=float, nargs=3, default=rewards.WEIGHTS,
+    p.add_argument("--weights", type=float, nargs=3, default=list(rewards.WEIGHTS),
                    metavar=("ACT", "ANS", "FMT"), help="lambda 1 to 3 of Eq. 8; paper: 1 1 1")
     p.add_argument("--tau-t", type=float, default=1.0,  # not in the paper
                    help="metres at which R_act falls to 1 / e")
@@ -94,20 +97,22 @@ def parse_args(argv=None):
                    help="degrees at which R_act falls to 1 / e")
     # the objective
     p.add_argument("--group", type=int, default=8, help="G: completions of each prompt; paper: 8")
-    p.add_argument("--beta", type=float, help="weight of the KL term; 0 leaves the reference out; "
-                                              "paper: 0.01")
+    p.add_argument("--beta", type=float, default=0.01,
+                   help="weight of the KL term; 0 leaves the reference out; paper: 0.01")
     p.add_argument("--clip-ratio", type=float, default=0.2,  # not in the paper
                    help="how far the ratio counts; matters with --updates above 1 only")
     p.add_argument("--updates", type=int, default=1,  # not in the paper
                    help="mu: optimiser steps on the same completions")
     p.add_argument("--temperature", type=float, default=1.0,  # not in the paper
-                   help="of sampling; 1 is the model's own distribution")
+                   help="of sampling, and of log p in the objective; 1 is the model's own "
+                        "distribution")
     p.add_argument("--max-new-tokens", type=int,  # not in the paper
                    help="longest completion; default: 96 + 64 a pair of views, 256 for language")
     # optimisation
     p.add_argument("--steps", type=int, help="default: one epoch; demo: 100")
     p.add_argument("--batch", type=int, default=4,
-                   help="B: prompts a step over all processes; paper: 4 (x 8 completions = 32)")
+                   help="B: prompts a step over all processes; paper: a global batch of 32, read "
+                        "here as 4 prompts x 8 completions")
     p.add_argument("--lr", type=float, help="fixed; paper: 1e-5; demo: 2e-4")
     p.add_argument("--clip", type=float, default=1.0,  # not in the paper
                    help="largest gradient norm")
@@ -133,10 +138,9 @@ def parse_args(argv=None):
     args.demo = args.data is None
     if args.demo:  # the only place where demo and real run differ
         args.data, args.no_recompute = str(DEMO / "data"), True
-        scale = {"lr": 2e-4, "steps": 100, "beta": 0.01}
+        scale = {"lr": 2e-4, "steps": 100}
     else:
-        scale = {"lr": 1e-5, "steps": None, "beta": 0.01}
-    args.weights = list(args.weights)
+        scale = {"lr": 1e-5, "steps": None}
     for name, value in scale.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -164,12 +168,12 @@ def parse_args(argv=None):
 def group_advantages(R):
     """A (G,): how much better each completion is than its group, in standard deviations.
 
-    R (G,) rewards. A group whose rewards are all equal teaches nothing: exactly 0, since even equal
-    float numbers can have a standard deviation that is not.
+    R (G,) rewards. A group whose rewards are all equal has no better and no worse: exactly 0, since
+    even equal float numbers can have a standard deviation that is not.
     """
     if R.max() - R.min() < 1e-6:
         return torch.zeros_like(R)
-    return (R - R.mean()) / (R.std() + 1e-4)  # ddof 1
+    return (R - R.mean()) / (R.std() + 1e-4)  # ddof 1; not in the paper
 
 
 def grpo_loss(log_p, old, ref, A, mask, clip_ratio, beta):
@@ -196,15 +200,18 @@ def grpo_loss(log_p, old, ref, A, mask, clip_ratio, beta):
 
 
 def sample_tokens(logits, u, temperature, banned):
-    """One token a row: logits (N, W), u (N,) uniform in [0, 1) -> (N,).
+    """One token a row, and its log p: logits (N, W), u (N,) uniform in [0, 1) -> (N,), (N,).
 
-    The inverse of the cumulative distribution; nothing is cut off and nothing penalised.
+    The inverse of the cumulative distribution. Only the `banned` words never come; log p is over
+    all words, as in the objective.
     """
-    logits = logits.float() / temperature
-    logits[:, banned] = -math.inf
-    steps = torch.softmax(logits, -1).double().cumsum(-1)  # (N, W)
-    token = torch.searchsorted(steps, u[:, None] * steps[:, -1:], right=True)[:, 0]
-    return token.clamp(max=logits.shape[-1] - 1)  # for NaN, which the loss will tell of
+    log_p = torch.log_softmax(logits.float() / temperature, -1)  # (N, W)
+    p = log_p.exp()
+    p[:, banned] = 0
+    steps = p.double().cumsum(-1)
+    token = torch.searchsorted(steps, u[:, None] * steps[:, -1:], right=True)
+    token = token.clamp(max=logits.shape[-1] - 1)  # for NaN, which the loss will tell of
+    return token[:, 0], log_p.gather(-1, token)[:, 0]
 
 
 def uniforms(seed, step, prompt, G, T):
@@ -259,7 +266,7 @@ def group_log_probs(model, prompt, tokens, mask, temperature, images=None):
 
 
 def rollout(model, prompts, noise, budgets, temperature, banned, end, images):
-    """Sample G completions of each prompt, all in one loop: tokens, mask (B, G, T).
+    """Sample G completions of each prompt, all in one loop: tokens, mask, log p, each (B, G, T).
 
     noise (B, G, longest) uniform; budgets: most tokens for each prompt; banned, end: token ids;
     images: image tokens of each prompt, or None. mask: up to and with the first end token. The
@@ -292,11 +299,12 @@ def rollout(model, prompts, noise, budgets, temperature, banned, end, images):
     last = torch.tensor(lengths, device=device).cumsum(0) - 1
     hidden = hidden[last, None].expand(B, G, -1)  # every completion starts from the prompt's last
     tokens = torch.full((B, G, longest), end[0], device=device)
-    mask = torch.zeros_like(tokens, dtype=torch.bool)
+    mask, log_p = torch.zeros_like(tokens, dtype=torch.bool), torch.zeros_like(noise).float()
     going = torch.ones(B, G, dtype=torch.bool, device=device)
     for t in range(longest):
         logits = model.lm_head(hidden).flatten(0, 1)  # (B * G, W)
-        chosen = sample_tokens(logits, noise[:, :, t].flatten(), temperature, banned).view(B, G)
+        chosen, its = sample_tokens(logits, noise[:, :, t].flatten(), temperature, banned)
+        chosen, log_p[:, :, t] = chosen.view(B, G), its.view(B, G)
         tokens[:, :, t] = torch.where(going, chosen, end[0])
         mask[:, :, t] = going
         going = going & ~torch.isin(chosen, chosen.new_tensor(end)) & (t + 1 < budgets)
@@ -305,7 +313,7 @@ def rollout(model, prompts, noise, budgets, temperature, banned, end, images):
         hidden = decode_step(
             language, model.get_input_embeddings()(tokens[:, :, t]), cos[:, t, None],
             sin[:, t, None], partial(read_cache, cache=cache, at=L + G * t, sees=sees))
-    return tokens[:, :, :t + 1], mask[:, :, :t + 1]
+    return tokens[:, :, :t + 1], mask[:, :, :t + 1], log_p[:, :, :t + 1]
 
 
 def decode_step(language, features, cos, sin, layout):
@@ -582,7 +590,8 @@ def summary(groups):
         values = [score[key] for group in groups for score in group["scores"]]
         record |= {name: float(np.mean(values)), f"{name}_spread": float(np.std(values))}
     record["kl"] = float(np.mean([group["kl"] for group in groups]))
-    for name in ("kl_max", "ratio_max"):
+    record["kl_median"] = float(np.median([group["kl"] for group in groups]))
+    for name in ("kl_max", "ratio_max", "gap"):
         record[name] = float(np.max([group[name] for group in groups]))
     for name in ("clip_share", "length", "truncated", "distinct"):
         record[name] = float(np.mean([group[name] for group in groups]))
@@ -602,10 +611,10 @@ def warnings_of(record, group):
     if record["distinct"] < 1.5:
         found.append(f"the {group} completions of a group are the same text: nothing to compare")
     elif record["dead_groups"] == 1:
-        found.append("no group has any spread in its rewards: nothing to learn from this step")
-    if record["kl"] > 1:
-        found.append(f"KL to the start model is {record['kl']:.1f} nats a token: lower --lr, or "
-                     "raise --beta")
+        found.append("no group has any spread in its rewards: no policy gradient this step")
+    if record["kl_median"] > 1:  # one unlikely token can lift the mean
+        found.append(f"KL to the start model is {record['kl_median']:.1f} nats a token in half of "
+                     "the groups: lower --lr, or raise --beta")
     return found
 
 
@@ -925,13 +934,13 @@ def all_sum(numbers, device):
     return total.tolist()
 
 
-def gather(names):
-    """The names that all processes hold, in one list."""
-    everyone = [names]
+def gather(items):
+    """What the lists of all processes hold, in one list."""
+    everyone = [items]
     if dist.is_initialized():
         everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, names)
-    return [name for one in everyone for name in one]
+        dist.all_gather_object(everyone, items)
+    return [item for its in everyone for item in its]
 
 
 class Interrupt:
@@ -1031,8 +1040,8 @@ def main(argv=None):
     prompts = Prompts(args, tokenizer, model.config.image_token_id)
     samples = geometry.load_samples(args.data, tasks=geometry.MULTI_VIEW_TASKS)
     try:
-        own_val = len(geometry.load_samples(
-            args.data, split="val", tasks=geometry.MULTI_VIEW_TASKS)) > 0
+        geometry.load_samples(args.data, split="val", tasks=geometry.MULTI_VIEW_TASKS)
+        own_val = True
     except geometry.DataError:
         own_val = False
     drawn = choose_samples(samples, own_val, args, prompts.skip)
@@ -1054,18 +1063,17 @@ def main(argv=None):
         for p in reference.parameters():  # not .to(dtype): that would round the rotary frequencies
             p.data = p.data.to(device, dtype)
         reference.to(device)
-    size = optimizer.master.numel()
+    trained = optimizer.master.numel()
     say(f"model   {args.model}: {precision} on {device}, fp32 master weights"
         f"{' in host memory' if args.offload else ''}; "
         f"torch {torch.__version__}, transformers {transformers.__version__}")
     if rank == 0:
         print_trainable(model, ("model.visual", "model.language_model"))
-    working = dtype.itemsize if not optimizer.shared else 0
-    size *= working + 16 * (not args.offload)
-    if reference is not None:
-        size += dtype.itemsize * sum(p.numel() for p in reference.parameters())
-    say(f"memory  {size / 2**30:.2f} GiB of weights, gradients, moments and the reference, and the "
-        f"activations of {'one block' if not args.no_recompute else 'all blocks'} of one group\n"
+    memory = dtype.itemsize * sum(p.numel() for p in model.parameters()) * (2 if reference else 1)
+    memory += trained * (16 * (not args.offload) - 4 * optimizer.shared)  # shared: no copy
+    say(f"memory  {memory / 2**30:.2f} GiB of weights, gradients, moments"
+        f"{' and the reference' if reference else ''}, and the activations of "
+        f"{'one block' if not args.no_recompute else 'all blocks'} of one group\n"
         f"batch   {args.batch} prompts x {args.group} completions a step over {world} process(es); "
         f"{args.steps - start:,} steps. Watch the reward: the loss starts near 0 by construction")
 
@@ -1096,11 +1104,11 @@ def main(argv=None):
                 with torch.no_grad():  # an encoder that is frozen sees the images once
                     images = [encode_images(model, prompt.patches, prompt.grids, device)
                               if args.freeze == "vision" else None for prompt in drawn_prompts]
-                    tokens, masks = rollout(model, drawn_prompts, noise, budgets, args.temperature,
-                                            banned, end, images)
-                for prompt, its_images, c, mask in zip(drawn_prompts, images, tokens, masks):
-                    longest = int(mask.any(0).sum())
-                    c, mask = c[:, :longest], mask[:, :longest]
+                    tokens, masks, sampled = rollout(
+                        model, drawn_prompts, noise, budgets, args.temperature, banned, end, images)
+                for prompt, its_images, *its in zip(drawn_prompts, images, tokens, masks, sampled):
+                    longest = int(its[1].any(0).sum())
+                    c, mask, sampled_log_p = (x[:, :longest] for x in its)  # (G, T)
                     # 3  score them: R = R_act + R_ans + R_fmt
                     ended = torch.isin(c, c.new_tensor(end)) & mask  # (G, T), one token each
                     texts = [tokenizer.decode(one[seen]) for one, seen in zip(c, mask & ~ended)]
@@ -1119,7 +1127,7 @@ def main(argv=None):
                                 reference, prompt, c, mask, args.temperature, its_images)
                     groups.append({
                         "prompt": prompt, "images": its_images, "tokens": c, "mask": mask, "A": A,
-                        "ref": ref, "old": None, "texts": texts, "scores": scores,
+                        "ref": ref, "sampled": sampled_log_p, "texts": texts, "scores": scores,
                         "length": float(mask.sum(-1).float().mean()),
                         "truncated": 1 - float(ended.any(-1).float().mean()),
                         "distinct": len(set(texts)), "dead": float(not A.any())})
@@ -1131,8 +1139,10 @@ def main(argv=None):
                 for group in groups:
                     log_p = group_log_probs(model, group["prompt"], group["tokens"], group["mask"],
                                             args.temperature, group["images"])
-                    if update == 0:
+                    if update == 0:  # the policy that sampled; computed anew, which sampling checks
                         group["old"] = log_p.detach()
+                        group["gap"] = float(
+                            (group["old"] - group["sampled"])[group["mask"]].abs().max())
                     one_loss, statistics = grpo_loss(
                         log_p, group["old"], group["ref"], group["A"], group["mask"],
                         args.clip_ratio, args.beta)
@@ -1147,9 +1157,7 @@ def main(argv=None):
                 skipped = f"gradient norm {grad_norm}" if count else "no usable sample"
                 skipped = f"update {update + 1} of {args.updates}, {skipped} ({names})"
                 say(f"step {step} left out: {skipped}")
-                if not count:
-                    optimizer.grad.zero_()
-                elif not optimizer.skip():
+                if count and not optimizer.skip():
                     trouble += 1
                 if trouble == 5:
                     raise geometry.DataError(
@@ -1159,8 +1167,8 @@ def main(argv=None):
                 break
             trouble = trouble if skipped else 0
 
-            kept = ("scores", "kl", "kl_max", "ratio_max", "clip_share", "length", "truncated",
-                    "distinct", "dead")
+            kept = ("scores", "gap", "kl", "kl_max", "ratio_max", "clip_share", "length",
+                    "truncated", "distinct", "dead")
             everyone = gather([{key: group[key] for key in kept} for group in groups])
             (loss,) = all_sum([loss], device)
             keep_rollouts = step == 1 or step % args.rollouts_every == 0

@@ -1,5 +1,5 @@
 """Stages 2 and 3 of HATCH: supervised fine-tuning on answers, then the cold start of ActoR, "how to
-move" (Action-to-Response, section 3.4).
+move" (Action-then-Answer Reasoning, section 3.4).
 
     --target answer   question -> answer; all data, the full model trains
     --target actions  question -> the camera moves between all views, then the answer; a tenth of
@@ -520,7 +520,7 @@ def constant_plan(golds):
 
     Knowing it, a model that looks at no image can score this much.
     """
-    plans = [plan for gold in golds for plan in gold.actions.values()][:100]
+    plans = [plan for gold in golds for plan in gold.actions.values()]
     texts = {views: [rewards.write_response(dict.fromkeys(rewards.required_pairs(views), plan), "")
                      for plan in plans] for views in {gold.views for gold in golds}}
     scores = [np.mean([rewards.action_reward(texts[gold.views][k], gold.actions)
@@ -841,13 +841,13 @@ def all_sum(numbers, device):
     return total.tolist()
 
 
-def gather(names):
-    """The names that all processes hold, in one list."""
-    everyone = [names]
+def gather(items):
+    """What the lists of all processes hold, in one list."""
+    everyone = [items]
     if dist.is_initialized():
         everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, names)
-    return [name for one in everyone for name in one]
+        dist.all_gather_object(everyone, items)
+    return [item for its in everyone for item in its]
 
 
 class Interrupt:
@@ -987,16 +987,16 @@ def main(argv=None):
     optimizer = Adam(model, dtype, args.lr, args.clip)
     if args.offload:
         model.to(device)  # the working weights; the optimiser's stay in host memory
-    size = optimizer.master.numel()
+    trained = optimizer.master.numel()
     say(f"model   {args.model}: {precision} on {device}, fp32 master weights"
         f"{' in host memory' if args.offload else ''}; "
         f"torch {torch.__version__}, transformers {transformers.__version__}")
     if rank == 0:
         print_trainable(model, ("model.visual", "model.language_model"))
-    working = dtype.itemsize if not optimizer.shared else 0
-    say(f"memory  {size * (working + 16 * (not args.offload)) / 2**30:.2f} GiB of weights, "
-        "gradients and moments, and the activations of "
-        f"{'one block' if not args.no_recompute else 'all blocks'} at a time\n"
+    memory = dtype.itemsize * sum(p.numel() for p in model.parameters())
+    memory += trained * (16 * (not args.offload) - 4 * optimizer.shared)  # shared: no copy
+    say(f"memory  {memory / 2**30:.2f} GiB of weights, gradients and moments, and the activations "
+        f"of {'one block' if not args.no_recompute else 'all blocks'} at a time\n"
         f"batch   {args.batch} samples a step over {world} process(es), packed into rows of at "
         f"most {args.max_tokens:,} tokens; {args.steps - start:,} steps")
 
@@ -1047,9 +1047,7 @@ def main(argv=None):
                 why = (f"loss {loss}, gradient norm {grad_norm}" if count else "no usable sample")
                 say(f"step {step} left out: {why} ({names})")
                 record = {"step": step, "skipped": f"{why} ({names})"}
-                if not count:
-                    optimizer.grad.zero_()
-                elif not optimizer.skip():
+                if count and not optimizer.skip():
                     trouble += 1
                 if trouble == 5:
                     raise geometry.DataError(

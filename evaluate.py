@@ -1,7 +1,7 @@
-"""Evaluation of HATCH: Tables 1, 2 and 4 of the paper as commands, and a page to look at.
+"""Evaluation of HATCH: Tables 1 to 4 of the paper as commands, and a page to look at.
 
     --bench rooms      held-out rendered rooms, with SPAR-Bench's tasks (needs no download)
-    --bench spar-mv    SPAR-Bench, several images    Tables 1, 2
+    --bench spar-mv    SPAR-Bench, several images    Tables 1 to 3
     --bench mindcube   MindCube-Tiny                 Table 1
     --bench mmsi       MMSI-Bench                    Table 1
     --bench spar-si    SPAR-Bench, one image         Table 4
@@ -21,8 +21,9 @@
 Writes --out: predictions.jsonl (as they are made: an interrupted evaluation continues),
 results.json, curves.png, report.html.
 
-Deviations from the official scorers: the answer is cut out of <answer> and stripped before the
-official rule sees it, and an empty answer scores 0, where SPAR-Bench's own code scores it 1.
+Deviations from the official scorers: the answer is cut out of <answer>, or else of what follows a
+reasoning block, and stripped before the official rule sees it; and an empty answer scores 0, where
+SPAR-Bench's own code scores it 1.
 """
 
 from __future__ import annotations
@@ -86,9 +87,10 @@ def parse_args(argv=None):
                                    "what to call it")
     p.add_argument("--data", help="the benchmark's published file or folder; default: the demo's "
                                   "rooms")
-    p.add_argument("--mode", choices=("action", "direct"),
-                   help="what is asked about several images: camera moves, then the answer, or the "
-                        "answer alone. One image is always asked about directly, as in the paper")
+    p.add_argument("--mode", choices=("action", "language", "direct"),
+                   help="what is asked about several images: camera moves, then the answer; words, "
+                        "then the answer (Table 3); the answer alone. One image is always asked "
+                        "about directly, as in the paper")
     p.add_argument("--limit", type=int, help="how many questions, drawn at random; default: all")
     # without a model
     p.add_argument("--score", nargs="+", metavar="FILE",
@@ -102,8 +104,8 @@ def parse_args(argv=None):
     p.add_argument("--max-pixels", type=int, help="budget per image; default: 448 * 448, as in "
                                                   "training; mindcube 480 * 480, as published")
     p.add_argument("--max-new-tokens", type=int,  # not in the paper
-                   help="longest response; default: 96 + 64 a pair of views, for direct answers "
-                        "what the benchmark's own code allows")
+                   help="longest response; default: 96 + 64 a pair of views, 256 for language, for "
+                        "direct answers what the benchmark's own code allows, else 128")
     p.add_argument("--batch", type=int, default=16, help="questions at a time, over all processes")
     p.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
                    help="auto: bf16 on CUDA, fp32 on a CPU")
@@ -124,7 +126,8 @@ def parse_args(argv=None):
         p.error(f"--show must be 0 or more, got {args.show}")
     args.draw_only = bool(args.curves) and not (
         args.score or args.bench or args.data or args.model)
-    if args.score or args.draw_only:
+    args.answer = not args.score and not args.draw_only
+    if not args.answer:
         args.out = args.out or "out/evaluation"
         return args
     args.bench, args.model = args.bench or "rooms", args.model or "out/grpo"
@@ -136,7 +139,7 @@ def parse_args(argv=None):
     if args.data is None:
         p.error(f"--bench {args.bench} needs --data: {bench.data}")
     single = args.bench in ("spar-si", "cvbench")
-    if args.mode == "action" and single:
+    if args.mode not in (None, "direct") and single:
         p.error(f"--bench {args.bench} has one image a question: it is asked about directly")
     args.mode = args.mode or ("direct" if single else "action")
     args.max_pixels = args.max_pixels or bench.max_pixels
@@ -189,14 +192,14 @@ def load_items(bench, data, skip=print):
     bench: name in BENCHES; data: its published file, or a folder that holds it; skip: told of each
     row that cannot be used. Raises DataError if nothing usable is there.
     """
-    items, ids, bench = [], {}, BENCHES[bench]
-    for path in find_files(bench, Path(data)):
+    items, ids, its = [], {}, BENCHES[bench]
+    for path in find_files(its, Path(data)):
         for number, (row, images) in enumerate(read_rows(path)):
             try:
                 if isinstance(row, geometry.DataError):
                     raise row
-                item = bench.read(row, images)
-                if item.task not in bench.tasks:
+                item = its.read(row, images)
+                if item.task not in its.tasks:
                     if item.task in SPAR_TASKS:
                         continue  # of the other half of SPAR-Bench
                     raise geometry.DataError(f"unknown task {item.task!r}")
@@ -208,19 +211,19 @@ def load_items(bench, data, skip=print):
                 times = ids[item.id] = ids.get(item.id, 0) + 1
                 items.append(item if times == 1 else item._replace(id=f"{item.id}#{times}"))
     if not items:
-        raise geometry.DataError(f"{data}: no usable question of {bench.title}; --data takes "
-                                 f"{bench.data}")
+        raise geometry.DataError(f"{data}: no usable question of {its.title}; --data takes "
+                                 f"{its.data}")
     return items
 
 
-def find_files(bench, data):
-    """The files of a benchmark in a folder: the first of its patterns that finds any."""
+def find_files(its, data):
+    """The files of a Bench in a folder: the first of its patterns that finds any."""
     if data.is_file():
         return [data]
-    files = next(filter(None, (sorted(data.rglob(pattern)) for pattern in bench.files)), None)
+    files = next(filter(None, (sorted(data.rglob(pattern)) for pattern in its.files)), None)
     if not files:
-        what = f"none of {', '.join(bench.files)} in it" if data.is_dir() else "not there"
-        raise geometry.DataError(f"{data}: {what}; --data takes {bench.data}")
+        what = f"none of {', '.join(its.files)} in it" if data.is_dir() else "not there"
+        raise geometry.DataError(f"{data}: {what}; --data takes {its.data}")
     return files
 
 
@@ -292,11 +295,14 @@ def spar_prompt(task):
     return SPAR_PROMPTS["number" if task in SPAR_LEVELS["Low"] else "letter"]
 
 
+INSTRUCTIONS = {"action": rewards.ACTION_INSTRUCTION, "language": rewards.LANGUAGE_INSTRUCTION}
+
+
 def prompt_of(item, bench, mode):
     """The text behind the images. mode "direct": the published prompt (the rooms': what training
-    asked); "action": the question and the instruction of training, since HATCH's is unpublished."""
-    if mode == "action":
-        return f"{item.question}\n{rewards.ACTION_INSTRUCTION}"  # not in the paper
+    asked); "action", "language": what training asked, since HATCH's are unpublished."""
+    if mode != "direct":
+        return f"{item.question}\n{INSTRUCTIONS[mode]}"  # not in the paper
     return BENCHES[bench].prompt(item.task).replace("{question}", item.question)
 
 
@@ -528,15 +534,16 @@ class Run(NamedTuple):
 
 def score_run(bench, name, records, convention):
     """Score records {"id", "task", "gold", "response", "mode", "views", "item"}: adds "answer" and
-    "score" and, for responses with camera moves, "format" and "action". Returns the Run."""
+    "score" and, where reasoning was asked for, "format" and "action". Returns the Run."""
     scores = {}
     for record in records:
         record["answer"] = answer_of(record["response"])
         record["score"] = score_answer(bench, record["task"], record["answer"], record["gold"])
         scores.setdefault(record["task"], []).append(record["score"])
-        if record["mode"] == "action" and record["views"]:
-            record["format"] = rewards.format_reward(record["response"], record["views"])
-            if record["item"] and record["item"].poses is not None:
+        if record["mode"] in ("action", "language") and record["views"]:
+            block = "action" if record["mode"] == "action" else "think"
+            record["format"] = rewards.format_reward(record["response"], record["views"], block)
+            if block == "action" and record["item"] and record["item"].poses is not None:
                 record["action"] = rewards.action_reward(
                     record["response"], gold_plans(record["item"].poses))
     form = {}
@@ -596,7 +603,7 @@ def notes(runs, convention):
         parts = [f"mean {what} {run.form[part]:.3f} of {run.form[f'{part}_n']:,}"
                  for part, what in (("format", "R_fmt"), ("action", "R_act")) if part in run.form]
         if parts:
-            said.append(f"{run.name}: {', '.join(parts)} responses with camera moves")
+            said.append(f"{run.name}: {', '.join(parts)} responses with reasoning")
     said.append("Percent; in brackets 95 % bootstrap intervals.")
     if any(BENCHES[run.bench].paper for run in runs):
         said.append("The paper's rows are quoted from its tables.")
@@ -901,8 +908,8 @@ def prepared_ahead(pool, prepare, order, args, start, rank, world):
 def longest_response(asked, args):
     """Most tokens of a response."""
     pairs = len(rewards.required_pairs(len(asked.sizes)))
-    return args.max_new_tokens or (
-        96 + 64 * pairs if asked.mode == "action" else BENCHES[args.bench].longest)
+    return args.max_new_tokens or {"action": 96 + 64 * pairs, "language": 256,
+                                   "direct": BENCHES[args.bench].longest}[asked.mode]
 
 
 def predict(items, args, path, skip, say, rank, world, device):
@@ -1065,8 +1072,10 @@ def completed(record, items, bench, mode):
 def find_items(bench, data, said, skip):
     """{id: Item} of the benchmark in --data, or where the predictions say that it was, if it is
     still there; else None."""
+    if not data and not isinstance(said, str):
+        return None
     try:
-        return {item.id: item for item in load_items(bench, data or str(said), skip)}
+        return {item.id: item for item in load_items(bench, data or said, skip)}
     except geometry.DataError:
         if data:
             raise
@@ -1449,26 +1458,35 @@ def start_processes():
     return rank, world, device
 
 
-def gather(names):
-    """The names that all processes hold, in one list."""
-    everyone = [names]
+def gather(items):
+    """What the lists of all processes hold, in one list."""
+    everyone = [items]
     if dist.is_initialized():
         everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, names)
-    return [name for one in everyone for name in one]
+        dist.all_gather_object(everyone, items)
+    return [item for its in everyone for item in its]
 
 
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = int(os.environ.get("RANK", 0)), 1, None
-    if not args.score and not args.draw_only:
+    if args.answer:
+        check_inputs(args)
         import_torch()
         rank, world, device = start_processes()
     say = partial(print, flush=True) if rank == 0 else lambda *_, **__: None
     out, skip = Path(args.out), Skipped(say)
     out.mkdir(parents=True, exist_ok=True)
-    if not args.score and not args.draw_only:
-        path, items = out / "predictions.jsonl", choose_items(args, world, skip, say)
+    if args.answer:
+        if args.batch % world:
+            raise geometry.DataError(f"--batch {args.batch} cannot be shared by {world} processes: "
+                                     f"use --batch {world}")
+        if args.demo:
+            say("Demo: rendered rooms. The real run, for example:\n"
+                "  python evaluate.py --bench spar-mv --data /path/to/SPAR-Bench")
+        items = load_items(args.bench, args.data, skip)
+        kept = np.random.default_rng(0).permutation(len(items))[:args.limit]
+        path, items = out / "predictions.jsonl", [items[k] for k in sorted(kept)]
         predict(items, args, path, skip, say, rank, world, device)
     if rank == 0:
         curves = []
@@ -1495,22 +1513,13 @@ def main(argv=None):
         dist.destroy_process_group()
 
 
-def choose_items(args, world, skip, say):
-    """The questions to be asked: --limit of them at random, or all."""
+def check_inputs(args):
+    """Name what is missing, and the command that makes it, before anything slow begins."""
     if args.model in MADE_BY and not (Path(args.model) / "config.json").exists():
         raise geometry.DataError(f"{args.model}: not there yet; run `{MADE_BY[args.model]}` first")
-    if args.demo:
-        say("Demo: rendered rooms. The real run, for example:\n"
-            "  python evaluate.py --bench spar-mv --data /path/to/SPAR-Bench")
-        if not Path(args.data).is_dir():
-            raise geometry.DataError(f"{args.data}: not there yet; run `python pasta.py --grid 4`, "
-                                     "which renders it, or name --data")
-    if args.batch % world:
-        raise geometry.DataError(
-            f"--batch {args.batch} cannot be shared by {world} processes: use --batch {world}")
-    items = load_items(args.bench, args.data, skip)
-    kept = np.random.default_rng(0).permutation(len(items))[:args.limit]
-    return [items[k] for k in sorted(kept)]
+    if args.demo and not Path(args.data).is_dir():
+        raise geometry.DataError(f"{args.data}: not there yet; run `python pasta.py --grid 4`, "
+                                 "which renders it, or name --data")
 
 
 def write_results(out, runs, panels, skipped, args, say):

@@ -799,13 +799,13 @@ def all_sum(numbers, device):
     return total.tolist()
 
 
-def gather(names):
-    """The names that all processes hold, in one list."""
-    everyone = [names]
+def gather(items):
+    """What the lists of all processes hold, in one list."""
+    everyone = [items]
     if dist.is_initialized():
         everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, names)
-    return [name for one in everyone for name in one]
+        dist.all_gather_object(everyone, items)
+    return [item for its in everyone for item in its]
 
 
 class Interrupt:
@@ -996,9 +996,7 @@ def main(argv=None):
                        else "no readable pair of views")
                 say(f"step {step} left out: {why} ({names})")
                 record = {"step": step, "skipped": f"{why} ({names})"}
-                if not count:
-                    optimizer.grad.zero_()
-                elif not optimizer.skip():
+                if count and not optimizer.skip():
                     trouble += 1
                 if trouble == 5:
                     raise geometry.DataError(

@@ -10,8 +10,8 @@
     Eq. 12  l1 = l2 = l3 = 1                             WEIGHTS
 
 Appendix C's sentences stand above what computes them, in its order. Every function takes any text:
-none raises, returns NaN or leaves [0, 1]. Views are counted from 0, as in appendix B.2 (Eq. 7
-counts from 1).
+none raises or returns NaN, and each part of the reward stays in [0, 1]. Views are counted from 0,
+as in appendix B.2 (Eq. 7 counts from 1).
 
 Beyond the paper: the choices tagged "not in the paper" on their lines.
 """
@@ -142,7 +142,7 @@ def _action_reward(actions, gold_actions, tau_t, tau_r, stop_penalty):
         if pair in actions:
             gold = _gold_pose(tuple(tuple(step.items()) for step in gold_plan))
             total += _pose_similarity(actions[pair], gold, tau_t, tau_r, stop_penalty)
-    return total / len(gold_actions)
+    return total / len(gold_actions)  # not in the paper: the mean over pairs
 
 
 @functools.lru_cache(maxsize=4096)
@@ -183,7 +183,7 @@ def answer_reward(prediction, gold, task, kind):
     """R_ans in [0, 1]: prediction and gold texts by SPAR task and question type ("select", "fill").
 
     "The evaluation metric is selected based on the question sub-category and question type." A pair
-    that METRICS lacks is scored as a choice, or by MRA if the gold is one number, and a warning
+    that METRICS lacks is compared literally, or by MRA if the gold is one number, and a warning
     says so once.
     """
     # "If either is missing or the required structure cannot be parsed, the reward is set to 0."
@@ -378,9 +378,13 @@ WEIGHTS = (1.0, 1.0, 1.0)  # Eq. 12
 
 def total_reward(text, gold, weights=WEIGHTS, tau_t=1.0, tau_r=30.0, stop_penalty=True,
                  block="action"):
-    """R and its parts: {"total", "action", "answer", "format"}. gold: Gold."""
-    response = parse_response(text)
-    R_act = _action_reward(response.actions, gold.actions, tau_t, tau_r, stop_penalty)
+    """R and its parts: {"total", "action", "answer", "format"}. gold: Gold.
+
+    With block "think" there are no actions to reward: R_act is 0.
+    """
+    response, R_act = parse_response(text), 0.0
+    if block == "action":
+        R_act = _action_reward(response.actions, gold.actions, tau_t, tau_r, stop_penalty)
     R_ans = answer_reward(response.answer, gold.answer, gold.task, gold.kind)
     R_fmt = _format_reward(text, response, gold.views, block)
     R = weights[0] * R_act + weights[1] * R_ans + weights[2] * R_fmt  # Eq. 8

@@ -3,6 +3,7 @@ input."""
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -164,7 +165,7 @@ def naive_rollout(plain, prompt, noise, budget, banned, end):
                     input_ids=whole, attention_mask=torch.ones_like(whole),
                     pixel_values=prompt.patches.double(), image_grid_thw=prompt.grids,
                     mm_token_type_ids=(whole == plain.config.image_token_id).int()).logits[0, -1:]
-            row.append(int(actor_grpo.sample_tokens(logits, u[t:t + 1], 1.0, banned)))
+            row.append(int(actor_grpo.sample_tokens(logits, u[t:t + 1], 1.0, banned)[0]))
             if row[-1] in end:
                 break
         rows.append(row)
@@ -179,7 +180,7 @@ def test_rollouts_equal_naive_sampling(made):
     noise = torch.stack([actor_grpo.uniforms(0, 1, b, G, 14) for b in range(3)])
     budgets = [14, 9, 12]
     with torch.no_grad():
-        tokens, mask = actor_grpo.rollout(
+        tokens, mask, log_p = actor_grpo.rollout(
             model, prompts, noise, budgets, 1.0, banned, end, [None] * 3)
     lengths = set()
     for b, prompt in enumerate(prompts):
@@ -190,6 +191,9 @@ def test_rollouts_equal_naive_sampling(made):
             assert mask[b, g].tolist() == [t < len(got) for t in range(mask.shape[2])]
             assert not set(got[:-1]) & set(end)  # the end token is inside the mask, none before
             lengths.add(len(got))
+        with torch.no_grad():  # what sampling says of a token is what the policy's pass says
+            again = actor_grpo.group_log_probs(model, prompt, tokens[b], mask[b], 1.0)
+        assert float((again - log_p[b])[mask[b]].abs().max()) < 1e-5
     assert len(lengths) > 2 and max(lengths) == 14
 
 
@@ -198,7 +202,7 @@ def test_loop_ends_when_all_have_ended(made):
     everything = list(range(model.config.text_config.vocab_size))
     noise = torch.rand(1, G, 50, dtype=torch.float64)
     with torch.no_grad():
-        tokens, mask = actor_grpo.rollout(
+        tokens, mask, _ = actor_grpo.rollout(
             model, prompts[:1], noise, [50], 1.0, [], everything, [None])
     assert tokens.shape == (1, G, 1) and mask.all()
 
@@ -210,9 +214,10 @@ def test_sampler_against_the_softmax(temperature):
     logits = torch.randn(12, generator=g) * 2
     banned = [3, 11]
     N = 50_000
-    drawn = actor_grpo.sample_tokens(logits.expand(N, -1).clone(),
-                                     torch.rand(N, generator=g, dtype=torch.float64),
-                                     temperature, banned)
+    drawn, log_p = actor_grpo.sample_tokens(logits.expand(N, -1).clone(),
+                                            torch.rand(N, generator=g, dtype=torch.float64),
+                                            temperature, banned)
+    torch.testing.assert_close(log_p, (logits / temperature).log_softmax(-1)[drawn])
     weights = [0.0 if k in banned else math.exp(float(x) / temperature)
                for k, x in enumerate(logits)]
     expected = np.array(weights) / sum(weights) * N
@@ -230,7 +235,7 @@ def test_edges_of_the_sampler():
     logits = torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]])
     for u, token in ((0.0, 1), (0.4999, 1), (0.5, 2), (1 - 1e-16, 2)):
         assert int(actor_grpo.sample_tokens(
-            logits.clone(), torch.tensor([u], dtype=torch.float64), 1.0, [])) == token
+            logits.clone(), torch.tensor([u], dtype=torch.float64), 1.0, [])[0]) == token
 
 
 def test_noise_is_a_function_of_seed_step_prompt_and_completion():
@@ -330,18 +335,51 @@ def test_equal_rewards_give_no_policy_gradient(made):
 
 
 def test_warnings():
-    fine = {"reward_format": 0.5, "truncated": 0.1, "distinct": 8.0, "dead_groups": 0.2, "kl": 0.01}
+    fine = {"reward_format": 0.5, "truncated": 0.1, "distinct": 8.0, "dead_groups": 0.2,
+            "kl_median": 0.01}
     assert actor_grpo.warnings_of(fine, 8) == []
     for change, words in (({"reward_format": 0.0, "truncated": 0.9}, "raise --max-new-tokens"),
                           ({"reward_format": 0.0}, "is --model a cold start"),
                           ({"distinct": 1.0}, "the same text"),
-                          ({"dead_groups": 1.0}, "nothing to learn from"),
-                          ({"kl": 2.5}, "2.5 nats")):
+                          ({"dead_groups": 1.0}, "no policy gradient"),
+                          ({"kl_median": 2.5}, "2.5 nats")):
         (said,) = actor_grpo.warnings_of({**fine, **change}, 8)
         assert words in said
 
 
 # --- runs
+
+# A random model's completions all score 0, which would leave every weight where it is. So in these
+# runs a completion is worth what its text's checksum says.
+PAY = """import zlib
+import rewards
+def pay(text, *_, **__):
+    total = zlib.crc32(text.encode()) % 1000 / 500
+    return {"total": total, "action": total, "answer": 0.0, "format": 0.0}
+rewards.total_reward = pay
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rewards_that_differ():
+    whole = rewards.total_reward
+    exec(PAY, {})
+    yield
+    rewards.total_reward = whole
+
+
+def paid(root, folder):
+    """The environment of a process of its own that pays the same."""
+    (folder / "sitecustomize.py").write_text(PAY)
+    return {**os.environ, "PYTHONPATH": f"{folder}:{root}", "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": ""}
+
+
+def all_moved(out):
+    """The records of a run in which every step changed the weights."""
+    lines = records(out)
+    assert all(line["update_norm"] > 0 and line["dead_groups"] < 1 for line in lines)
+    return lines
 
 
 @pytest.fixture(scope="module")
@@ -354,13 +392,15 @@ def four_steps(root, tmp_path_factory, flags):
 
 def test_log_rollouts_and_model(four_steps, tiny_model):
     out, text = four_steps
-    lines = records(out)
+    lines = all_moved(out)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert {"step", "reward", "reward_spread", "reward_action", "reward_answer", "reward_format",
-            "kl", "kl_max", "ratio_max", "clip_share", "grad_norm", "update_norm", "length",
-            "truncated", "distinct", "dead_groups", "seconds"} <= set(lines[0])
-    # the first policy is the reference, and the one that sampled: exact, though computed twice
-    assert lines[0]["kl"] == 0 and lines[0]["ratio_max"] == 1 and lines[0]["clip_share"] == 0
+            "kl", "kl_median", "kl_max", "ratio_max", "gap", "clip_share", "grad_norm",
+            "update_norm", "length", "truncated", "distinct", "dead_groups", "seconds"} <= set(
+                lines[0])
+    # the first policy is the reference: exact, though computed apart; and the one that sampled
+    assert lines[0]["kl"] == 0 < lines[-1]["kl"]
+    assert all(0 < line["gap"] < 1e-4 for line in lines)
     assert lines[0]["warnings"] and "no completion has the form" in text
     groups = records_of_rollouts(out)
     assert len(groups) == 8 and all(len(group["responses"]) == 3 for group in groups)
@@ -374,13 +414,17 @@ def records_of_rollouts(out):
     return [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()[1:]]
 
 
-def test_weights_change_where_rewards_differ(root, flags, tmp_path, tiny_model):
+@pytest.mark.parametrize("worth, moves", [(None, True), (1.0, False)])
+def test_weights_change_where_rewards_differ(root, flags, tmp_path, monkeypatch, worth, moves):
     """The KL term pulls nowhere at the start; so what moves the weights is the policy gradient."""
+    if worth is not None:
+        monkeypatch.setattr(rewards, "total_reward", lambda *_, **__: dict.fromkeys(
+            ("total", "action", "answer", "format"), worth))
     done = run(root, tmp_path, *flags, "--steps", 1, "--out", "out", "--beta", 0)
     assert done.returncode == 0, done.stdout
     (record,) = records(tmp_path / "out")
-    moved = record["dead_groups"] < 1
-    assert (record["grad_norm"] > 0) == moved and record["kl"] == 0
+    assert (record["grad_norm"] > 0) == (record["update_norm"] > 0) == moves
+    assert record["dead_groups"] == 1 - moves and record["kl"] == 0
 
 
 def test_resume_is_exact(root, four_steps, flags, tmp_path):
@@ -400,8 +444,10 @@ def test_resume_is_exact(root, four_steps, flags, tmp_path):
 
 def test_two_processes_equal_one(root, flags, tmp_path):
     for out, processes in (("one", 1), ("two", 2)):
-        done = run(root, tmp_path, *flags, "--steps", 2, "--out", out, processes=processes)
+        done = run(root, tmp_path, *flags, "--steps", 2, "--out", out, processes=processes,
+                   env=paid(root, tmp_path))
         assert done.returncode == 0, done.stdout
+        all_moved(tmp_path / out)
     a, b = (sorted(records_of_rollouts(tmp_path / out), key=lambda g: (g["step"], g["id"]))
             for out in ("one", "two"))
     assert a == b
@@ -413,13 +459,17 @@ def test_two_processes_equal_one(root, flags, tmp_path):
 @pytest.mark.parametrize("more", [
     ["--updates", 2, "--lr", 1e-2], ["--reasoning", "language"], ["--freeze", "vision"],
     ["--precision", "fp16"], ["--temperature", 0.7]])
-def test_other_ways(root, flags, tmp_path, more):
+def test_other_ways(root, flags, tmp_path, tiny_model, more):
     done = run(root, tmp_path, *flags, "--steps", 2, "--out", "out", *more)
     assert done.returncode == 0, done.stdout
-    lines = records(tmp_path / "out")
+    lines = all_moved(tmp_path / "out")
     assert len(lines) == 2 and all(math.isfinite(line["kl"]) for line in lines)
-    if more[0] == "--updates":
-        assert lines[0]["ratio_max"] != 1 or lines[0]["dead_groups"] == 1
+    assert (lines[0]["ratio_max"] > 1) == (more[0] == "--updates")
+    before, after = (load_file(folder / "model.safetensors")
+                     for folder in (tiny_model, tmp_path / "out"))
+    moved = {".".join(key.split(".")[:1]) for key in before
+             if not torch.equal(before[key], after[key])}
+    assert moved == ({"model"} if more[0] == "--freeze" else {"model", "visual"})
 
 
 def test_offloading_changes_no_bit(root, flags, tmp_path):
@@ -427,6 +477,7 @@ def test_offloading_changes_no_bit(root, flags, tmp_path):
         done = run(root, tmp_path, *flags, "--max-new-tokens", 2, "--steps", 2, "--out", out,
                    "--precision", "bf16", *more)
         assert done.returncode == 0, done.stdout
+        all_moved(tmp_path / out)
     a, b = (load_file(tmp_path / out / "model.safetensors") for out in ("kept", "off"))
     assert all(torch.equal(a[key], b[key]) for key in a)
 
@@ -455,12 +506,16 @@ def test_real_frames(root, shared, tiny_model, flags, tmp_path):
 
 def test_unusable_samples_are_named_skipped_and_counted(root, flags, tmp_path, rooms):
     shutil.copytree(rooms, tmp_path / "data")
-    for picture in (tmp_path / "data").glob("rooms/images/*/image_color/0.jpg"):
+    pictures = sorted((tmp_path / "data").glob("rooms/images/*/image_color/0.jpg"))
+    for picture in pictures[::2]:
         picture.write_bytes(picture.read_bytes()[:500])
-    done = run(root, tmp_path, *flags, "--data", "data", "--steps", 3, "--out", "out")
+    done = run(root, tmp_path, *flags, "--data", "data", "--steps", 6, "--out", "out")
     assert done.returncode == 0, done.stdout
-    assert "skipped data/rooms/images/room_0000" in done.stdout
-    assert "samples that cannot be used" in done.stdout
+    named = [picture for picture in pictures
+             if f"skipped data/{picture.relative_to(tmp_path / 'data')}" in done.stdout]
+    assert named and set(named) <= set(pictures[::2])
+    assert f"skipped {len(named)} samples that cannot be used" in done.stdout
+    assert sum(line.get("update_norm", 0) > 0 for line in records(tmp_path / "out")) >= 3
 
 
 def test_non_finite_steps_are_left_out_and_end_the_run(root, flags, tmp_path, tiny_model):

@@ -135,6 +135,9 @@ def test_reasoning_in_words():
                 text.replace("</think>", ""), "<think><answer>B</think></answer>",
                 "<think>x<answer>B</think> foo bar</answer>", "<answer>B</answer><think>x</think>"):
         assert rewards.format_reward(bad, 3, block="think") == 0.0
+    moves = TEACHER.replace("<action>", "<think><action>").replace("</action>", "</action></think>")
+    assert rewards.total_reward(TEACHER, GOLD)["action"] == 1
+    assert rewards.total_reward(moves, GOLD, block="think")["action"] == 0  # words, not moves
     gold = GOLD._replace(answer="B", kind="select")
     assert rewards.total_reward(text, gold, block="think")["total"] == 2.0
 
