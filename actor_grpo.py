@@ -67,7 +67,8 @@ import rewards
 DEMO = Path("out/demo")
 MADE_BY = {"out/cold_start": "python actor_sft.py --target actions"}  # the stage before
 END = ["<|im_end|>", "<|endoftext|>"]  # of a turn; of a text, which a base model may write instead
-BANNED = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+BANNED = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",  # not in the paper
+          "<|image_pad|>", "<|video_pad|>"]
 
 
 def parse_args(argv=None):
