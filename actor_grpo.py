@@ -462,6 +462,7 @@ class TokenLogProbs(torch.autograd.Function):
                 d_weight.addmm_(d_logits.T, h)
         return d_hidden, d_weight, None, None
 
+
 # -------------------------------------------------------------------------------------- prompts
 
 
