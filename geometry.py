@@ -5,6 +5,7 @@ which camera moves lead from one view to the next. numpy and Pillow only.
     Eq. 9  translation and rotation error of a pose       pose_error
     B.3    relative pose <-> atomic actions               actions_from_pose, pose_from_actions
            SPAR-7M-RGBD on disk, read lazily              load_samples, Sample, View
+           drawing, holding out, order, reading ahead     Walk
            the same layout, rendered from nothing         render_rooms
 
 Conventions, everywhere in this project
@@ -14,8 +15,7 @@ Conventions, everywhere in this project
     depth       z-depth (distance along the optical axis, not along the ray); 0, NaN, inf: no value.
     pixels      integer coordinates are pixel centres: a W pixel wide image spans -0.5 .. W - 0.5,
                 and resizing it by s maps cx to (cx + 0.5) s - 0.5, for x and y separately.
-    pose        relative_pose(i, j) is camera j in camera i's frame: it maps points of j to
-                points of i.
+    pose        relative_pose(i, j) is camera j in camera i's frame: it maps points of j to i.
     cells       patch k of n along an axis covers the fraction [k / n, (k + 1) / n) of it, so image,
                 depth and feature map of one view agree although their resolutions differ.
     frames      stand in the names: points_world, cam2world_i.
@@ -33,9 +33,12 @@ import re
 import shutil
 import sys
 import time
+import zlib
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,24 +60,12 @@ class View:
     depth      (H, W) float32 z-depth in metres, 0 = none
     K          (3, 3) intrinsics for the depth's pixels
     cam2world  (4, 4)
-    Raises ValueError when a shape is wrong or the pose is not finite.
     """
 
     image: np.ndarray
     depth: np.ndarray
     K: np.ndarray
     cam2world: np.ndarray
-
-    def __post_init__(self):
-        for name, shape in (("K", (3, 3)), ("cam2world", (4, 4))):
-            value = np.asarray(getattr(self, name), dtype=np.float64)
-            if value.shape != shape or not np.isfinite(value).all():
-                raise ValueError(f"{name} must be {shape} and finite, got shape {value.shape}: "
-                                 f"{np.array2string(value.ravel()[:4], precision=3)}...")
-            setattr(self, name, value)
-        if self.depth.ndim != 2 or self.image.ndim != 3 or self.image.shape[2] != 3:
-            raise ValueError("a view needs image (H, W, 3) and depth (H, W), "
-                             f"got {self.image.shape} and {self.depth.shape}")
 
 
 def unproject(depth, K, cam2world):
@@ -109,17 +100,17 @@ def project(points_world, K, cam2world):
 def directional_overlap(x, y, n, t=0.05, t_rel=0.05, stride=4):
     """How much of each patch of view x is seen by which patch of view y.
 
-    x, y: View. n: grid side, 1 or more. t: metres, t_rel: share of the depth; a point is consistent
-    when its depth in y differs from y's own depth map by less than max(t, t_rel z). stride: every
-    how many pixels of x are used (4 moves S by 0.03 at most on real frames; 1 uses all).
+    x, y: View. n: grid side. t: metres, t_rel: share of the depth; a point is consistent when its
+    depth in y differs from y's own depth map by less than max(t, t_rel z). stride: every how many
+    pixels of x are used (4 moves S by 0.03 at most on real frames; 1 uses all).
     Returns M (P, P): M[i, j] = share of patch i's pixels *with valid depth* (appendix A) whose 3-D
     point lands in patch j. A patch with depth on under a quarter of its pixels has an empty row.
     Raises ValueError when a view is smaller than n pixels on a side.
     """
-    for view in (x, y):
-        if n < 1 or min(view.depth.shape) < n:
-            raise ValueError(f"cannot cut a view of {view.depth.shape[1]}x{view.depth.shape[0]} "
-                             f"pixels into {n}x{n} cells: use a smaller --grid or larger images")
+    for H, W in (x.depth.shape, y.depth.shape):
+        if not 1 <= n <= min(H, W):
+            raise ValueError(f"cannot cut a view of {W}x{H} pixels into {n}x{n} cells: use a "
+                             "smaller --grid or larger images")
     H, W = x.depth.shape
     P = n * n
     stride = max(1, min(stride, H // (2 * n), W // (2 * n)))  # two or more samples a cell and axis
@@ -170,14 +161,6 @@ def relative_pose(cam2world_i, cam2world_j):
     return np.linalg.inv(cam2world_i) @ cam2world_j
 
 
-def _turn(right=0.0, up=0.0):
-    """Rotation (3, 3), radians: right about the camera's y axis, then up about its new x axis."""
-    cr, sr, cu, su = math.cos(right), math.sin(right), math.cos(up), math.sin(up)
-    yaw = np.array([[cr, 0, sr], [0, 1, 0], [-sr, 0, cr]])
-    pitch = np.array([[1, 0, 0], [0, cu, -su], [0, su, cu]])
-    return yaw @ pitch
-
-
 def actions_from_pose(pose):
     """The teacher's plan for a relative pose: aim at the target, move there, turn to its gaze.
 
@@ -192,26 +175,25 @@ def actions_from_pose(pose):
     if distance >= AIM_MIN:
         steep = math.atan2(abs(y), level) > STEEP
         if not steep or level >= AIM_MIN:
-            right = math.radians(round(math.degrees(math.atan2(x, z))))
+            right = round(math.degrees(math.atan2(x, z)))
         if steep:
             forward, rise = (level if level >= AIM_MIN else 0.0), -y
         else:
-            up = math.radians(round(math.degrees(math.atan2(-y, level))))
+            up = round(math.degrees(math.atan2(-y, level)))
             forward = distance
-    gaze = _turn(right, up).T @ pose[:3, 2]  # in the frame that the aim left behind
-    gaze_right = math.atan2(gaze[0], gaze[2])
-    gaze_up = math.atan2(-gaze[1], math.hypot(gaze[0], gaze[2]))
+    aim = pose_from_actions([{"turn_right_deg": right}, {"turn_up_deg": up}])
+    gaze = aim[:3, :3].T @ pose[:3, 2]  # in the frame that the aim left behind
+    gaze_right = round(math.degrees(math.atan2(gaze[0], gaze[2])))
+    gaze_up = round(math.degrees(math.atan2(-gaze[1], math.hypot(gaze[0], gaze[2]))))
 
-    plan = []
-    for kind, value in (("turn_right", right), ("turn_up", up), ("move_forward", forward),
-                        ("move_up", rise), ("turn_right", gaze_right), ("turn_up", gaze_up)):
-        turn = kind.startswith("turn")
-        value = round(math.degrees(value)) if turn else round(float(value), 2)
-        if value < 0:
-            kind = {"turn_right": "turn_left", "turn_up": "turn_down", "move_up": "move_down"}[kind]
-        if value:
-            plan.append({f"{kind}_{'deg' if turn else 'm'}": abs(value)})
-    return plan
+    plan = [("turn_right_deg", right), ("turn_up_deg", up), ("move_forward_m", forward),
+            ("move_up_m", rise), ("turn_right_deg", gaze_right), ("turn_up_deg", gaze_up)]
+    opposite = {"turn_right_deg": "turn_left_deg", "turn_up_deg": "turn_down_deg",
+                "move_up_m": "move_down_m"}
+    plan = [(name, round(float(amount), 2) if name.endswith("_m") else amount)
+            for name, amount in plan]
+    return [{name if amount > 0 else opposite[name]: abs(amount)} for name, amount in plan
+            if amount]
 
 
 ACTIONS = {  # atomic action -> what it does, and in which direction (B.3; backward is read only)
@@ -241,11 +223,8 @@ def read_actions(actions):
 
 
 def pose_from_actions(actions):
-    """The relative pose (4, 4) that a plan leads to; inverts actions_from_pose.
-
-    Up to rounding and roll. actions: one-key dicts, see ACTIONS. Raises ValueError on anything else
-    (read_actions).
-    """
+    """The relative pose (4, 4) that a plan leads to; inverts actions_from_pose up to rounding and
+    roll. actions: one-key dicts, see ACTIONS. Raises ValueError on anything else (read_actions)."""
     x, y, z = np.eye(3)  # the camera's own axes, and where it is, in the frame it started from
     place = np.zeros(3)
     for what, amount in read_actions(actions):
@@ -287,7 +266,8 @@ MULTI_VIEW_TASKS = (  # two or three still images of one scene: what HATCH train
     "distance_infer_center_oc_mv", "distance_infer_center_oo_mv", "distance_prediction_oc_mv",
     "distance_prediction_oo_mv", "obj_spatial_relation_oc_mv", "obj_spatial_relation_oo_mv",
     "position_matching", "spatial_imagination_map_mv", "spatial_imagination_oc_mv",
-    "spatial_imagination_oo_mv", "view_change_infer")
+    "spatial_imagination_oo_mv", "view_change_infer",
+    "camera_turn")  # the rooms' own                                            # not in the paper
 
 MARKER_RGB = {"red": (255, 0, 0), "blue": (0, 0, 255), "green": (0, 255, 0),
               "yellow": (255, 255, 0)}
@@ -305,7 +285,7 @@ class Sample:
 
     task: e.g. "view_change_infer"; kind: "select", "fill", "sentence" or "judge", the folder's
     name; question: without <image> tags; images, depths: paths; markers: the record's point and
-    box fields.
+    box fields. What cannot be used raises DataError naming the file.
     """
 
     id: str
@@ -319,32 +299,31 @@ class Sample:
     markers: dict = field(repr=False)
 
     def views(self):
-        """All views, in the question's order. Raises DataError for a frame that cannot be read."""
+        """All views, in the question's order."""
         return [self.view(k) for k in range(len(self.images))]
 
     def view(self, k):
-        """View k as it was taken, without markers. Raises DataError naming the file."""
+        """View k as it was taken, without markers."""
         image_path, depth_path = self.images[k], self.depths[k]
-        if not depth_path.exists():
-            raise DataError(f"{depth_path}: no such depth map (of {image_path.name})")
-        image = np.asarray(_read_image(image_path).convert("RGB"))
-        raw = np.asarray(_read_image(depth_path))
-        if raw.ndim != 2 or raw.dtype == np.uint8:
+        image, raw = np.asarray(open_image(image_path)), np.asarray(_load_image(depth_path))
+        if raw.ndim != 2 or raw.dtype.kind not in "iu" or raw.dtype == np.uint8:
             raise DataError(f"{depth_path}: a depth map is a 16-bit one-channel png in "
                             f"millimetres, this one is {raw.dtype} {raw.shape}")
-        depth = raw.astype(np.float32) / 1000  # millimetres in every source
-        (H, W), (H_i, W_i) = depth.shape, image.shape[:2]
+        if not (raw > 0).any():
+            raise DataError(f"{depth_path}: no pixel has depth")
+        (H, W), (H_i, W_i) = raw.shape, image.shape[:2]
         if abs(W / H * H_i / W_i - 1) > 0.03:
             raise DataError(f"{depth_path}: {W}x{H} pixels and the image's {W_i}x{H_i} "
                             "differ in shape")
         scene = image_path.parent.parent
-        per_frame = scene / "intrinsic" / f"{image_path.stem}.txt"
-        K_path = per_frame if per_frame.exists() else scene / "intrinsic" / "intrinsic_depth.txt"
-        K = _fit_intrinsics(_read_matrix(K_path, rows=(3, 4))[:3, :3], (W, H), (W_i, H_i))
-        return View(image, depth, K, self.pose(k))
+        K_path = scene / "intrinsic" / f"{image_path.stem}.txt"  # Structured3D: one a frame
+        if not K_path.exists():
+            K_path = scene / "intrinsic" / "intrinsic_depth.txt"
+        K = _fit_intrinsics(_read_matrix(K_path, rows=(3, 4)), (W, H), (W_i, H_i), K_path)
+        return View(image, raw.astype(np.float32) / 1000, K, self.pose(k))  # mm in every source
 
     def pose(self, k):
-        """cam2world (4, 4) of view k; reads no pixel. Raises DataError naming the file."""
+        """cam2world (4, 4) of view k; reads no pixel."""
         image_path = self.images[k]
         folder = {"video_color": "video_pose"}.get(image_path.parent.name, "pose")
         pose_path = image_path.parent.parent / folder / f"{image_path.stem}.txt"
@@ -364,11 +343,9 @@ class Sample:
         marks. Tasks that keep their markers in lists (spatial_imagination_map_mv and videos, no
         select or fill questions among the former) are shown as they are.
         """
-        pictures = [_read_image(path).convert("RGB") for path in self.images]
-        if self.task in UNMARKED:
-            return pictures
+        pictures = [open_image(path) for path in self.images]
         try:
-            for shape in ("bbox", "point"):
+            for shape in ("bbox", "point") if self.task not in UNMARKED else ():
                 self._draw_markers(pictures, shape)
         except (TypeError, ValueError, IndexError) as error:
             raise DataError(
@@ -392,14 +369,14 @@ class Sample:
 class Samples(Sequence):
     """A read-only list of Sample that holds a byte offset a line; a line is parsed when indexed.
 
-    files: (path, source, task, kind) of each jsonl file.
+    files: paths of jsonl files, <source>/qa_jsonl/<split>/<task>/<kind>/<any>.jsonl below root.
     """
 
     def __init__(self, root, files):
         self.root, self.files = root, files
-        size = sum(path.stat().st_size for path, *_ in files)
+        size = sum(path.stat().st_size for path in files)
         shown = progress(files, len(files), "indexing") if size > 2**30 else files
-        offsets = [_line_offsets(path) for path, *_ in shown]
+        offsets = [_line_offsets(path) for path in shown]
         self.offset = np.concatenate([np.zeros(0, np.int64), *offsets])
         self.ends = np.cumsum([len(o) for o in offsets])  # samples up to and with each file
 
@@ -412,30 +389,41 @@ class Samples(Sequence):
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         index %= len(self)
-        path, source, task, kind = self.files[int(np.searchsorted(self.ends, index, side="right"))]
+        path = self.files[int(np.searchsorted(self.ends, index, side="right"))]
         with open(path, "rb") as file:
             file.seek(self.offset[index])
             line = file.readline()
-        where = f"{path}, byte {self.offset[index]}"
         try:
-            record = json.loads(line)
-            question, answer = (turn["value"].strip() for turn in record["conversations"][:2])
-            images = record["image"]
-            images = [images] if isinstance(images, str) else list(images)
-            depths = record.get("depth") or [_depth_name(name) for name in images]
-            depths = [depths] if isinstance(depths, str) else list(depths)
-            base = self.root / source / "images"
-            images, depths = [base / name for name in images], [base / name for name in depths]
+            return _parse_record(line, self.root, path)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{where}: not a SPAR record "
+            with open(path, "rb") as file:
+                number = file.read(int(self.offset[index])).count(b"\n") + 1
+            raise DataError(f"{path}, line {number}: not a SPAR record "
                             f"({type(error).__name__}: {error})") from None
-        if len(depths) != len(images) or not images:
-            raise DataError(f"{where}: {len(images)} images and {len(depths)} depth maps")
-        return Sample(
-            id=str(record.get("id", index)), source=source, task=task, kind=kind,
-            question=re.sub(r"(Frame-\d+: )?<image>\n?", "", question).strip(), answer=answer,
-            images=images, depths=depths, markers={
-                k: v for k, v in record.items() if k.endswith(("_point", "_bbox", "_img_idx"))})
+
+
+def _parse_record(line, root, path):
+    """One line of annotations -> Sample; ValueError, KeyError, ... if it is none."""
+    record, (source, *_, task, kind, _) = json.loads(line), path.relative_to(root).parts
+    said = {"human": [], "gpt": []}
+    for turn in record["conversations"]:
+        if turn["from"] != "system":
+            who = {"user": "human", "assistant": "gpt"}.get(turn["from"], turn["from"])
+            said[who].append(turn["value"].strip())
+    if [len(texts) for texts in said.values()] != [1, 1]:
+        raise ValueError("conversations must be one question (human) and one answer (gpt)")
+    (question,), (answer,) = said.values()
+    images = [record["image"]] if isinstance(record["image"], str) else list(record["image"])
+    depths = record.get("depth") or [_depth_name(name) for name in images]
+    depths = [depths] if isinstance(depths, str) else list(depths)
+    if len(depths) != len(images) or not images:
+        raise ValueError(f"{len(images)} images and {len(depths)} depth maps")
+    base = root / source / "images"
+    return Sample(
+        id=str(record.get("id", f"a sample of {path.name}")), source=source, task=task, kind=kind,
+        question=re.sub(r"(Frame-\d+: )?<image>\n?", "", question).strip(), answer=answer,
+        images=[base / name for name in images], depths=[base / name for name in depths],
+        markers={k: v for k, v in record.items() if k.endswith(("_point", "_bbox", "_img_idx"))})
 
 
 def load_samples(root, split="train", tasks=None, kinds=("select", "fill")):
@@ -450,10 +438,9 @@ def load_samples(root, split="train", tasks=None, kinds=("select", "fill")):
     if not root.is_dir():
         raise DataError(f"{root}: no such directory; "
                         "--data takes the folder that holds scannet/, ...")
-    found = sorted(path for path in root.glob(f"*/qa_jsonl/{split}/*/*/*.jsonl"))
-    files = [(path, path.parts[-6], path.parts[-3], path.parts[-2]) for path in found
-             if path.parts[-2] in kinds and (tasks is None or path.parts[-3] in tasks)]
-    samples = Samples(root, files)
+    found = sorted(root.glob(f"*/qa_jsonl/{split}/*/*/*.jsonl"))
+    samples = Samples(root, [path for path in found if path.parts[-2] in kinds and (
+        tasks is None or path.parts[-3] in tasks)])
     if not len(samples):
         there = ", ".join(sorted({"/".join(path.parts[-3:-1]) for path in found})) or "nothing"
         raise DataError(f"{root}: no sample in */qa_jsonl/{split}/<task>/<kind>/*.jsonl with kind "
@@ -474,19 +461,50 @@ def _line_offsets(path, block=1 << 24):
     return starts[lengths > 2]  # "{}" and a line end is the shortest record; the rest is blank
 
 
+def fingerprint(files):
+    """What tells sets of files apart, wherever they lie: a checksum of their names and contents."""
+    total = 0
+    for path in sorted(files):
+        total = zlib.crc32(path.name.encode(), total)
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 24):
+                total = zlib.crc32(chunk, total)
+    return f"{total:08x}"
+
+
 def _depth_name(image_name):
     folder = str(image_name).replace("image_color", "image_depth")
     folder = folder.replace("video_color", "video_depth")
     return str(Path(folder).with_suffix(".png"))
 
 
-def _read_image(path):
+def open_image(file, name=None):
+    """A picture, whatever it was, as PIL RGB of 8 bits. Every picture of this project comes here.
+
+    file: path or binary file; name: of a binary file, for errors. 16-bit and 32-bit grey is scaled
+    to 0..255, what is transparent laid on white. Raises DataError for floats, whose range nobody
+    knows, and for what is no picture.
+    """
+    image = _load_image(file, name)
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).astype(np.float64)
+        most = 65535 if image.mode != "I" or grey.max() <= 65535 else 2**31 - 1
+        image = Image.fromarray(np.rint(grey.clip(0) / most * 255).astype(np.uint8))
+    elif image.mode == "F":
+        raise DataError(f"{name or file}: pixels are floats; save it with 8 or 16 bits")
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _load_image(file, name=None):
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             image.load()
             return image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: cannot be read as an image ({error})") from None
+        raise DataError(f"{name or file}: cannot be read as an image ({error})") from None
 
 
 def _read_matrix(path, rows):
@@ -503,17 +521,31 @@ def _read_matrix(path, rows):
     return numbers.reshape(math.isqrt(len(numbers)), -1)
 
 
-def _fit_intrinsics(K, size, image_size):
-    """Intrinsics for a depth map of `size` (W, H), wherever they came from.
+def _fit_intrinsics(K, size, image_size, path):
+    """Intrinsics (3, 3) for a depth map of `size` (W, H), whichever grid the file speaks of.
 
-    ScanNet++ states the colour camera's intrinsics for its small depth maps. So the grid that K
-    belongs to is the one whose centre is near its principal point: the depth map's, the image's, or
-    else the one that K itself speaks of, 2 c + 1.
+    ScanNet++ states the colour camera's for its small depth maps. Where depth and picture have one
+    size, K is theirs if its principal point lies in the middle 80 % of it. Else K's grid is the one
+    whose centre is near the principal point: the depth's, the picture's, or a larger one of their
+    shape, which K itself tells, 2 c + 1. Raises DataError if none of these can be.
     """
-    centre = 2 * K[:2, 2] + 1
-    own = next((s for s in (size, image_size) if np.all(np.abs(centre / s - 1) < 0.2)), centre)
-    scale = np.asarray(size) / own
-    K = K.copy()
+    size, image_size, centre = np.array(size), np.array(image_size), 2 * K[:2, 2] + 1
+    shape = centre[0] / centre[1] * size[1] / size[0] if centre[1] > 0 else 0.0
+    if (size == image_size).all() and np.all(np.abs(centre / size - 1) < 0.8):
+        own = size
+    elif np.all(np.abs(centre / size - 1) < 0.2):
+        own = size
+    elif np.all(np.abs(centre / image_size - 1) < 0.2):
+        own = image_size
+    elif np.all(centre > np.maximum(size, image_size)) and abs(shape - 1) < 0.2:
+        own = centre
+    else:
+        own = None
+    if own is None or min(K[0, 0], K[1, 1]) <= 0 or tuple(K[2, :3]) != (0, 0, 1):
+        raise DataError(f"{path}: fx {K[0, 0]:g}, fy {K[1, 1]:g}, cx {K[0, 2]:g}, cy {K[1, 2]:g}, "
+                        f"last row {K[2, :3]}: not intrinsics of a depth map of {size[0]}x{size[1]}"
+                        f" or a picture of {image_size[0]}x{image_size[1]} pixels")
+    scale, K = size / own, K[:3, :3].copy()
     K[:2, 2] = (K[:2, 2] + 0.5) * scale - 0.5
     K[[0, 1], [0, 1]] *= scale
     return K
@@ -533,6 +565,112 @@ def _draw_marker(picture, mark, rgb):
                        width=max(1, round(unit)))
 
 
+# ---------------------------------------------------------------- walking through a data set
+
+
+def held_out(images):
+    """Whether frames, paths, are kept from training where the data has no val split.
+
+    One frame in ten is, by a hash of its name, and with it each pair and sample that it stands in.
+    """
+    return any(zlib.crc32("/".join(path.parts[-3:]).encode()) % 10 == 0 for path in images)
+
+
+class Walk:
+    """The way through a data set: what is drawn and in which order, what is held out.
+
+    samples: all of the train split; drawn: indices of those to train on; own_val: whether there is
+    a val split. Where there is none, drawn leaves out what is held_out. The order is a function of
+    seed and position alone, so a resumed run goes on where it stopped. What cannot be used is named
+    once, left out, and kept in `skipped`.
+    """
+
+    def __init__(self, root, count, seed, tasks=MULTI_VIEW_TASKS):
+        self.samples, self.seed, self.skipped = load_samples(root, "train", tasks), seed, set()
+        try:
+            self.val, self.own_val = load_samples(root, "val", tasks), True
+        except DataError:
+            self.val, self.own_val = self.samples, False
+        shuffled = np.random.default_rng([seed, 0]).permutation(len(self.samples))[:count]
+        self.drawn = [int(k) for k in shuffled if self.own_val or self.attempt(
+            lambda sample: not held_out(sample.images), self.samples, int(k))[1]]
+        if not self.drawn or next(self.heldout(), None) is None:
+            raise DataError(f"{root}: too few samples to train on some and hold out others; add "
+                            "samples, or a val folder beside train")
+
+    def attempt(self, prepare, samples, k):
+        """(name, prepare(samples[k])), with None in its place if that raises DataError."""
+        name = f"sample {k}"
+        try:
+            name = samples[k].id
+            return name, prepare(samples[k])
+        except DataError as error:
+            if str(error) not in self.skipped:
+                self.skipped.add(str(error))
+                print(f"skipped {error}", flush=True)
+            return name, None
+
+    def at(self, position):
+        """Index of the sample at a position of training: the drawn ones, shuffled each epoch."""
+        epoch, place = divmod(position, len(self.drawn))
+        order = np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.drawn))
+        return self.drawn[order[place]]
+
+    def batches(self, prepare, start, steps, batch, rank, world, workers):
+        """Yield the [(name, prepare(sample) or None), ...] of process `rank` of `world`, a step at
+        a time from step `start` on, read ahead; every world-th sample of a batch is its own."""
+        positions = (step * batch + k for step in range(start, steps)
+                     for k in range(rank, batch, world))
+        ready = read_ahead(lambda position: self.attempt(prepare, self.samples, self.at(position)),
+                           positions, workers)
+        for _ in range(start, steps):
+            yield [next(ready) for _ in range(rank, batch, world)]
+
+    def heldout(self):
+        """Yield the samples to evaluate on, in random order."""
+        for k in np.random.default_rng(0).permutation(len(self.val)):
+            sample = self.attempt(lambda sample: sample, self.val, int(k))[1]
+            if sample and (self.own_val or held_out(sample.images)):
+                yield sample
+
+    def prepared(self, prepare, samples, workers):
+        """Yield prepare(sample) of each of `samples` that can be used, read ahead."""
+        ready = read_ahead(partial(self.attempt, prepare, samples), range(len(samples)), workers)
+        yield from (its for _, its in ready if its is not None)
+
+
+def read_ahead(prepare, numbers, workers):
+    """Yield prepare(k) for every k of `numbers`, in order, computed ahead by `workers` threads."""
+    queue = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for k in numbers:
+            queue.append(pool.submit(prepare, k))
+            if len(queue) > 2 * workers:
+                yield queue.popleft().result()
+        while queue:
+            yield queue.popleft().result()
+
+
+def describe_pairs(pairs):
+    """What posed views look like, in a line to print, and what is odd about them, or None.
+
+    pairs: [(View x, View y, S), ...]. Wrong units, directions or axes leave few pairs with overlap;
+    only pairs whose cameras stand apart tell, since a turn on the spot hides most mistakes.
+    """
+    depth = float(np.median([np.median(v.depth[v.depth > 0]) for x, y, _ in pairs for v in (x, y)]))
+    apart = [S.max() for x, y, S in pairs
+             if math.dist(x.cam2world[:3, 3], y.cam2world[:3, 3]) > AIM_MIN]
+    empty = sum(most == 0 for most in apart)
+    line = (f"median depth {depth:.2f} m; of {len(pairs)} pairs of views {len(apart)} stand apart, "
+            f"{empty} of these without overlap")
+    odd = not 0.2 <= depth <= 50 or empty > EMPTY_SHARE * len(apart)
+    return line, (
+        "this looks wrong: is depth in millimetres (16 bit), are poses camera-to-world in metres "
+        "with OpenCV axes (x right, y down, z forward), and intrinsics those of the depth map or "
+        "the picture?" if odd else None)
+
+
+EMPTY_SHARE = 0.25  # of pairs that stand apart; in SPAR's samples views see common things
 # ------------------------------------------------------- rendered rooms: the inverse of unproject
 
 SOLID_RGB = {"red": (200, 35, 35), "green": (40, 150, 55), "blue": (40, 70, 200),

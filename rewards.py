@@ -16,7 +16,6 @@ as in appendix B.2 (Eq. 7 counts from 1).
 Beyond the paper: the choices tagged "not in the paper" on their lines.
 """
 
-import functools
 import itertools
 import json
 import math
@@ -31,16 +30,12 @@ import geometry
 # ------------------------------------------------------------------------------------- asking
 
 # No prompt of the paper is published; these are ours.                            # not in the paper
-ACTION_INSTRUCTION = (
-    "The images show one scene from several cameras, counted from 0. First write how the camera "
-    "moves from view i to view j for every pair i < j, as JSON in <action></action>: a list of "
-    '{"from":i,"to":j,"action":[...]}, where the actions are turn_right_deg, turn_left_deg, '
-    "turn_up_deg, turn_down_deg, move_forward_m, move_up_m and move_down_m. Then write the answer "
-    "alone in <answer></answer>.")
+ACTION_INSTRUCTION = ("First write how the camera moves between all views, as JSON in "
+                      "<action></action>, then the answer alone in <answer></answer>.")
 ANSWER_INSTRUCTION = "Write the answer alone, without an explanation."
 LANGUAGE_INSTRUCTION = (  # the ablation of Table 3: reasoning in words instead of actions
-    "The images show one scene from several cameras. First reason in words about how the views "
-    "relate in <think></think>. Then write the answer alone in <answer></answer>.")
+    "First reason in words about how the views relate in <think></think>, then write the answer "
+    "alone in <answer></answer>.")
 
 
 # -------------------------------------------------------------------- writing and reading, B.2
@@ -124,54 +119,36 @@ def _no_constant(name):
 # ------------------------------------------------------------------ C.2, action accuracy reward
 
 
-def action_reward(text, gold_actions, tau_t=1.0, tau_r=30.0, stop_penalty=True):  # not in the paper
+def action_reward(text, gold_actions, tau_t=1.0, tau_r=30.0):  # not in the paper: both tau
     """R_act in [0, 1]: how close the written plans come to the gold poses, mean over all pairs.
 
     gold_actions {(i, j): plan}, the required pairs; tau_t metres, tau_r degrees. A pair without a
-    plan scores 0, and so does a stop-like one, which stays where the gold moves (stop_penalty).
+    plan scores 0.
     """
-    return _action_reward(parse_response(text).actions, gold_actions, tau_t, tau_r, stop_penalty)
-
-
-def _action_reward(actions, gold_actions, tau_t, tau_r, stop_penalty):
     # "we first parse both as JSON. If parsing fails, R_act-acc is set to 0."
+    actions = parse_response(text).actions
     if actions is None or not gold_actions:
         return 0.0
-    total = 0.0
-    for pair, gold_plan in gold_actions.items():
-        if pair in actions:
-            gold = _gold_pose(tuple(tuple(step.items()) for step in gold_plan))
-            total += _pose_similarity(actions[pair], gold, tau_t, tau_r, stop_penalty)
+    total = sum(_pose_similarity(actions[pair], gold_plan, tau_t, tau_r)
+                for pair, gold_plan in gold_actions.items() if pair in actions)
     return total / len(gold_actions)  # not in the paper: the mean over pairs
 
 
-@functools.lru_cache(maxsize=4096)
-def _gold_pose(plan):  # the completions of a group share it
-    return geometry.pose_from_actions([dict(step) for step in plan])
-
-
-def _pose_similarity(plan, gold, tau_t, tau_r, stop_penalty):
+def _pose_similarity(plan, gold_plan, tau_t, tau_r):
     # "Each action list is converted into a relative camera pose (R, t) by composing the rotations
     # and translations specified by the plan."
     with np.errstate(all="ignore"):  # steps of 1e299 metres are finite, their square is not
-        pose = geometry.pose_from_actions(plan)
+        pose, gold = (geometry.pose_from_actions(its) for its in (plan, gold_plan))
         if not np.isfinite(pose).all():
             return 0.0
         d_t, d_r = geometry.pose_error(pose, gold)
         # "Optionally, degenerate "stop-like" predicted plans are penalized by setting
-        # R_act-acc = 0."
-        if stop_penalty and _stays(pose, gold):
-            return 0.0
-    return math.exp(-d_t / tau_t) * math.exp(-d_r / tau_r)  # Eq. 10
-
-
-def _stays(pose, gold):
-    """Whether a pose goes under a tenth of the way and of the turn of a gold pose that moves."""
+        # R_act-acc = 0." Those that go under a tenth of the way and of the turn.
+        done, asked = (np.array(geometry.pose_error(its, np.eye(4))) for its in (pose, gold))
     least = np.array([0.01, 1.0])  # metres and degrees that are no move: rounding
-    done = np.array(geometry.pose_error(pose, np.eye(4)))
-    asked = np.array(geometry.pose_error(gold, np.eye(4)))
-    stays = done < np.maximum(0.1 * asked, least)  # not in the paper
-    return bool(stays.all() and (asked > least).any())
+    if (done < np.maximum(0.1 * asked, least)).all() and (asked > least).any():  # not in the paper
+        return 0.0
+    return math.exp(-d_t / tau_t) * math.exp(-d_r / tau_r)  # Eq. 10
 
 
 # ------------------------------------------------------------------ C.3, answer accuracy reward
@@ -192,7 +169,8 @@ def answer_reward(prediction, gold, task, kind):
     prediction, gold = prediction.strip(), gold.strip()
     if not prediction or not gold or len(prediction) > LONGEST_ANSWER:
         return 0.0
-    metric = selection if kind == "select" else METRICS.get(task)
+    metric = selection if kind == "select" else next(
+        (its for name, its in METRICS.items() if task.startswith(name)), None)
     if metric is None:
         metric = numeric if len(_numbers(gold)) == 1 else exact
         if (task, kind) not in _unknown:
@@ -299,6 +277,14 @@ def _motion(text):
     return {axis: amounts.get(axis[0], 0.0) - amounts.get(axis[1], 0.0) for axis in AXES}
 
 
+def camera_turn(prediction, gold):
+    """Actial's viewpoint question, "right 20": 0 for the wrong way, else MRA of the degrees."""
+    p, g = (re.fullmatch(r"(left|right) ([0-9]{1,3})", text.lower()) for text in (prediction, gold))
+    if not p or not g or p[1] != g[1]:
+        return 0.0
+    return mean_relative_accuracy(float(p[2]), float(g[2]))
+
+
 def exact(prediction, gold):
     return prediction.lower() == gold.lower()
 
@@ -308,19 +294,13 @@ def _numbers(text):
     return [float(number) for number in NUMBER.findall(text)]
 
 
-METRICS = {  # of the fill questions; every select question is `selection`
-    **dict.fromkeys((
-        "depth_prediction_oc", "depth_prediction_oo", "depth_prediction_oc_mv",
-        "depth_prediction_oo_mv", "distance_prediction_oc", "distance_prediction_oo",
-        "distance_prediction_oc_mv", "distance_prediction_oo_mv", "distance_prediction_oo_video",
-        "spatial_volume_infer", "room_size", "obj_count"), numeric),
-    **dict.fromkeys((
-        "distance_infer_center_oc", "distance_infer_center_oo", "distance_infer_center_oc_mv",
-        "distance_infer_center_oo_mv", "distance_infer_center_oo_video"), object_phrase),
-    "appearance_order": object_phrase,  # not in the paper
-    "position_matching": position_matching,
-    "camera_motion_infer": camera_motion,
-    "view_change_infer": view_change}
+METRICS = {  # of the fill questions, by how their task begins; select is always `selection`
+    "depth_prediction": numeric, "distance_prediction": numeric, "spatial_volume_infer": numeric,
+    "room_size": numeric, "obj_count": numeric,
+    "distance_infer": object_phrase, "appearance_order": object_phrase,
+    "position_matching": position_matching, "camera_motion_infer": camera_motion,
+    "view_change_infer": view_change,
+    "camera_turn": camera_turn}  # not in the paper: the rooms' own task
 
 
 # ------------------------------------------------------------------------------ C.4, format reward
@@ -331,10 +311,7 @@ def format_reward(text, views, block="action"):
 
     block: "action", or "think" for reasoning in words (any text that is not blank).
     """
-    return _format_reward(text, parse_response(text), views, block)
-
-
-def _format_reward(text, response, views, block):
+    response = parse_response(text)
     # "R_format = 1 if and only if all of the following conditions are satisfied:
     # The output contains properly closed <action> and <answer> blocks." Once each, in this order,
     # with something in them, and only white space around them.      # not in the paper: strictness
@@ -365,27 +342,42 @@ class Gold(NamedTuple):
     views: int
 
 
+def gold_plans(poses):
+    """The teacher's {(i, j): plan} between all views; poses: cam2world (4, 4) of each."""
+    return {(i, j): geometry.actions_from_pose(geometry.relative_pose(poses[i], poses[j]))
+            for i, j in required_pairs(len(poses))}
+
+
 def gold_of(sample):
     """The Gold of a geometry.Sample: its answer, and the teacher's plan for each pair of views."""
-    poses = [sample.pose(k) for k in range(len(sample.images))]
-    actions = {(i, j): geometry.actions_from_pose(geometry.relative_pose(poses[i], poses[j]))
-               for i, j in required_pairs(len(poses))}
-    return Gold(actions, sample.answer, sample.task, sample.kind, len(poses))
+    views = len(sample.images)
+    actions = gold_plans([sample.pose(k) for k in range(views)])
+    return Gold(actions, sample.answer, sample.task, sample.kind, views)
+
+
+def constant_plan(golds):
+    """(R_act, plan): the one plan that, written for every pair, scores best; of the golds' own.
+
+    golds: [{(i, j): plan}, ...]. Knowing it, a model that looks at no image can score this much.
+    """
+    best = 0.0, []
+    for plan in (plan for gold in golds for plan in gold.values()):
+        R_act = np.mean([np.mean([_pose_similarity(plan, its, 1.0, 30.0) for its in gold.values()])
+                         for gold in golds if gold])
+        best = max(best, (float(R_act), plan), key=lambda scored: scored[0])
+    return best
 
 
 WEIGHTS = (1.0, 1.0, 1.0)  # Eq. 12
 
 
-def total_reward(text, gold, weights=WEIGHTS, tau_t=1.0, tau_r=30.0, stop_penalty=True,
-                 block="action"):
+def total_reward(text, gold, weights=WEIGHTS, tau_t=1.0, tau_r=30.0, block="action"):
     """R and its parts: {"total", "action", "answer", "format"}. gold: Gold.
 
     With block "think" there are no actions to reward: R_act is 0.
     """
-    response, R_act = parse_response(text), 0.0
-    if block == "action":
-        R_act = _action_reward(response.actions, gold.actions, tau_t, tau_r, stop_penalty)
-    R_ans = answer_reward(response.answer, gold.answer, gold.task, gold.kind)
-    R_fmt = _format_reward(text, response, gold.views, block)
+    R_act = action_reward(text, gold.actions, tau_t, tau_r) if block == "action" else 0.0
+    R_ans = answer_reward(parse_response(text).answer, gold.answer, gold.task, gold.kind)
+    R_fmt = format_reward(text, gold.views, block)
     R = weights[0] * R_act + weights[1] * R_ans + weights[2] * R_fmt  # Eq. 8
     return {"total": R, "action": R_act, "answer": R_ans, "format": R_fmt}
