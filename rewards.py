@@ -355,6 +355,11 @@ def gold_of(sample):
     return Gold(actions, sample.answer, sample.task, sample.kind, views)
 
 
+def only_turns(actions):
+    """Whether no plan of {(i, j): plan} moves the camera from where it stands."""
+    return not any("move" in name for plan in actions.values() for step in plan for name in step)
+
+
 def constant_plan(golds):
     """(R_act, plan): the one plan that, written for every pair, scores best; of the golds' own.
 
