@@ -530,7 +530,14 @@ def load_model(path):
         raise geometry.DataError(f"{path}: {len(lacking)} tensors are missing or have another "
                                  f"shape than config.json says, {lacking[0]} among them")
     model.generation_config = GenerationConfig()  # not the checkpoint's
+    patch_embed = model.model.visual.patch_embed
+    patch_embed.forward = partial(embed_patches, patch_embed)
     return model, tokenizer
+
+
+def embed_patches(embed, pixels):
+    """Patch embedding as the matrix product that it is: a 3-D convolution by patch is slow."""
+    return F.linear(pixels.to(embed.proj.weight.dtype), embed.proj.weight.flatten(1))
 
 
 def save_model(model, source, out, optimizer):
@@ -585,24 +592,22 @@ def gather(items):
     return [item for its in everyone for item in its]
 
 
-def memory_line(source, args, dtype, device, copies=1):
-    """What a run takes, GPU and host apart, before any of it is taken; and what to do if less is
-    there. From the files' headers: weights, masters, gradients, both moments; then what comes and
-    goes, the largest tensor's update or gradients and the activations; and the libraries."""
-    sizes = {name: numbers for name, (numbers, _) in read_headers(source).items()}
-    frozen = {"vision": "visual.", "language": ("layers.", "embed_tokens.", "norm.", "lm_head.")}
-    trained = [numbers for name, numbers in sizes.items()
-               if not name.startswith(frozen.get(args.freeze, "nothing"))]
-    state = sum(trained) * (12 if dtype == torch.float32 and not args.offload else 16)
-    work = dtype.itemsize * (sum(sizes.values()) * copies + 2 * max(trained)) + 0.3 * 2**30
-    work += (3 * args.max_pixels // 784 + 512) * 2**18  # tokens
+def memory_line(weights, trained, tokens, dtype, device, offload=False):
+    """What a run takes, said before any of it is taken, and what to do if less is there.
+
+    weights: how many are computed with; trained: how many each trained tensor has. Those have an
+    fp32 master, gradient and two moments; the largest one's update, the activations of `tokens`
+    tokens and the libraries come on top.
+    """
+    state = sum(trained) * (12 if dtype == torch.float32 and not offload else 16)
+    work = dtype.itemsize * (weights + 2 * max(trained)) + tokens * 2**18 + 0.3 * 2**30
     need = {"host": work + state}
+    free = {"host": os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")}
     if device.type == "cuda":
-        need = {"GPU": work + state * (not args.offload), "host": state * args.offload + 2**29}
-    free = {"GPU": torch.cuda.mem_get_info()[0] if device.type == "cuda" else 0,
-            "host": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")}
-    advice = ": too little; --freeze, --offload (on a GPU) or fewer --max-pixels take less"
-    return "memory  " + ", ".join(f"{where} {its / 2**30:.1f} GiB of {free[where] / 2**30:.1f}" + (
+        need = {"GPU": work + state * (not offload), "host": state * offload + 2**29}
+        free["GPU"] = torch.cuda.mem_get_info(device)[0]
+    advice = ", too little: --freeze, --offload (on a GPU) or fewer --max-pixels take less"
+    return "memory  " + "; ".join(f"{where} {its / 2**30:.1f} GiB, {free[where] / 2**30:.1f} free" + (
         advice if its > free[where] else "") for where, its in need.items())
 
 
@@ -657,7 +662,11 @@ def main(argv=None):
     say(f"data    {args.data}: {len(walk.drawn):,} of {len(walk.samples):,} multi-image samples, "
         f"{args.batch} a step over {world} process(es); {args.steps - start:,} steps")
     say(f"model   {args.model}: {dtype} on {device}, {args.freeze} frozen; torch {torch.__version__}")
-    say(memory_line(source, args, dtype, device))
+    sizes = {name: numbers for name, (numbers, _) in read_headers(source).items()}
+    trained = [numbers for name, numbers in sizes.items() if args.freeze != (
+        "vision" if name.startswith("visual.") else "language")]
+    say(memory_line(sum(sizes.values()), trained, 3 * args.max_pixels // 784 + 512, dtype, device,
+                    args.offload))
 
     # the model in its working dtype, with fp32 masters of what trains
     model, tokenizer = load_model(source)

@@ -2,8 +2,7 @@
 
 Two views of one room, each cut into n x n patches. From depth and camera poses we know which
 patches show the same place (S, Eq. 1); the image encoder should know it too: the features of two
-patches are to be as similar as the patches overlap. Only the image encoder trains, the language
-model is not even loaded.
+patches are to be as similar as the patches overlap. Only the image encoder trains.
 
     Eq. 1  S       patch overlap of two views            geometry.correspondence
     Eq. 2  p(j|i)  target, softmax of S / tau1           target_distribution
@@ -16,7 +15,8 @@ model is not even loaded.
     torchrun --nproc_per_node 4 pasta.py --grid 4 --batch 4 --model ... --data ...
 
 Writes --out: the model with its aligned encoder (an ordinary Hugging Face directory), log.jsonl,
-matches.png (matches of held-out pairs before and after), checkpoint.safetensors (for --resume).
+matches.png (matches of held-out pairs before and after), checkpoint.json with its files (for
+--resume; may be deleted when the run has ended).
 
 Axes: V views, H W pixels, n grid side, P = n * n patches, D feature, h w merged tokens of an image.
 
@@ -25,6 +25,7 @@ the README lists them with their flags.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import math
@@ -35,11 +36,9 @@ import shutil
 import signal
 import sys
 import time
-import zlib
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -47,32 +46,35 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import snapshot_download
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2_5_VLConfig, Qwen2VLImageProcessorPil
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-    Qwen2_5_VisionTransformerPretrainedModel, apply_rotary_pos_emb_vision)
+from transformers import (
+    AutoTokenizer, GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil)
 
 import geometry
 import rewards
 
 DEMO = Path("out/demo")
+MADE_BY = {"out/demo/model": "python pasta.py --grid 4"}  # and what makes it
+MAY_BE_0 = ("seed", "t", "t_rel", "warmup")  # arguments
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(
-        description="PaStA: align Qwen2.5-VL's image encoder across posed views.")
+        description="PaStA: align Qwen2.5-VL's image encoder across posed views.",
+        allow_abbrev=False)
     # what to train on what; without --model and --data, a demo that needs neither
     p.add_argument("--model", help="model directory or hub id; default: a tiny random Qwen2.5-VL")
-    p.add_argument("--data",
-                   help="SPAR-7M-RGBD tree (the folder that holds scannet/, ...); "
-                        "default: rendered rooms")
+    p.add_argument("--data", help="SPAR-7M-RGBD tree (the folder that holds scannet/, ...); "
+                                  "default: rendered rooms")
     p.add_argument("--out", default="out/pasta", help="where the aligned model and the log go")
     p.add_argument("--samples", type=int, default=10_000,
                    help="how many multi-image samples to draw (paper: 10,000)")
-    p.add_argument("--max-pixels", type=int, default=448 * 448,
-                   help="budget per image; larger ones are scaled down")
+    p.add_argument("--max-pixels", type=int, help="budget per image, larger ones are scaled down; "
+                                                  "default: 448 * 448, demo: 112 * 112")
     # the objective
     p.add_argument("--grid", type=int, default=4,
                    help="n: patches per side; the paper sweeps 2 to 6")
@@ -87,53 +89,39 @@ def parse_args(argv=None):
     p.add_argument("--skip-empty", action="store_true",  # not in the paper
                    help="leave out patches without overlap; Eq. 2 makes their target uniform")
     # optimisation
-    p.add_argument("--steps", type=int, help="default: one epoch; demo: 1500")
+    p.add_argument("--steps", type=int, help="default: one epoch; demo: 1000")
     p.add_argument("--batch", type=int,
-                   help="samples per step over all processes; paper: 1; demo: 2")
+                   help="samples per step over all processes; paper: 1; demo: 4")
     p.add_argument("--lr", type=float,
-                   help="fixed; paper: 1e-5; demo, whose model starts random: 5e-4")
+                   help="fixed; paper: 1e-5; demo, whose model starts random: 1e-3")
     p.add_argument("--clip", type=float, default=1.0,  # not in the paper
                    help="largest gradient norm")
     p.add_argument("--seed", type=int, default=0,
                    help="decides the data order, and the demo's rooms and weights")
+    # looking and saving
+    p.add_argument("--heldout", type=int, default=64, help="held-out pairs to evaluate on")
+    p.add_argument("--save-every", type=int, help="steps between checkpoints, each with a look at "
+                                                  "held-out pairs; default: a quarter")
+    p.add_argument("--resume", action="store_true", help="continue from --out's checkpoint")
     # the machine
     p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-                   help="of the working weights; auto: bf16 on CUDA, fp32 on a CPU. "
-                        "Master weights are always fp32")
+                   help="of the working weights; auto: bf16 on a GPU, fp16 where it has none, fp32 "
+                        "on a CPU. Master weights are always fp32")
     p.add_argument("--no-recompute", action="store_true",
                    help="keep activations instead of recomputing them: faster, more memory")
     p.add_argument("--workers", type=int, default=min(8, os.cpu_count()),
                    help="threads that prepare images and overlaps ahead")
-    # looking and saving
-    p.add_argument("--heldout", type=int, default=64, help="held-out pairs to evaluate on")
-    p.add_argument("--eval-every", type=int,
-                   help="steps between evaluations, each with a checkpoint; default: a quarter")
-    p.add_argument("--resume", action="store_true", help="continue from --out's checkpoint")
     args = p.parse_args(argv)
 
-    args.demo = args.data is None
+    args.demo, args.betas, args.warmup, args.offload = args.data is None, (0.9, 0.999), 0, False
     if args.demo:  # the only place where demo and real run differ
         args.data, args.no_recompute = str(DEMO / "data"), True
-        scale = {"lr": 5e-4, "batch": 2, "steps": 1500}
+        values = {"model": str(DEMO / "model"), "max_pixels": 112 * 112, "batch": 4, "lr": 1e-3,
+                  "steps": 1000}
     else:
-        scale = {"lr": 1e-5, "batch": 1, "steps": None}
-        if args.model is None:
-            p.error("--data needs a --model: Qwen/Qwen2.5-VL-3B-Instruct, or out/demo/model, which "
-                    "`python pasta.py --grid 4` makes")
-    for name, value in scale.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    for name in ("samples", "grid", "max_pixels", "steps", "batch", "heldout", "eval_every",
-                 "workers"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            p.error(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
-    if args.seed < 0:
-        p.error(f"--seed must be 0 or more, got {args.seed}")
-    for name in ("tau1", "tau2", "lr", "clip"):
-        if not getattr(args, name) > 0:
-            p.error(f"--{name} must be above 0, got {getattr(args, name)}")
-    return args
+        values = {"model": "Qwen/Qwen2.5-VL-3B-Instruct", "max_pixels": 448 * 448, "batch": 1,
+                  "lr": 1e-5}
+    return settle(p, argv, args, values)
 
 
 # ------------------------------------------------------------------------------------ the method
@@ -146,11 +134,11 @@ def cell_features(tokens, n):
     counts for each side by its share, and any h and w will do.
     """
     h, w, D = tokens.shape
-    A_h, A_w = _cell_weights(h, n, tokens.device), _cell_weights(w, n, tokens.device)
+    A_h, A_w = cell_weights(h, n, tokens.device), cell_weights(w, n, tokens.device)
     return torch.einsum("ah,hwd,bw->abd", A_h, tokens.float(), A_w).reshape(n * n, D)
 
 
-def _cell_weights(length, n, device):
+def cell_weights(length, n, device):
     """(n, length): the share of cell k that each of `length` equal tokens fills; rows sum to 1."""
     edges = torch.arange(n + 1, device=device) * (length / n)
     low, high = edges[:-1, None], edges[1:, None]
@@ -195,6 +183,18 @@ def alignment_loss(e, pairs, count, args):
     return loss, excess
 
 
+def encode(encoder, pixels, grids, n):
+    """Patch features of V images, sizes may differ: pixels (all patches, 1176), grids (V, 3) of
+    frames, rows and columns of patches, as the image processor has them -> list of e (P, D)."""
+    device, merge = encoder.patch_embed.proj.weight.device, encoder.config.spatial_merge_size
+    # pooler_output is in raster order, and what the language model reads; last_hidden_state is in
+    # the order of the attention windows, which shows only in images larger than one window
+    tokens = encoder(pixels.to(device), grid_thw=grids.to(device)).pooler_output  # (sum of h w, D)
+    sizes = [(h // merge, w // merge) for _, h, w in grids.tolist()]
+    maps = tokens.split([h * w for h, w in sizes])
+    return [cell_features(its.view(h, w, -1), n) for its, (h, w) in zip(maps, sizes)]
+
+
 def matches(S, e_x, e_y):
     """Which patch of y each patch of x is matched to, and whether that is right.
 
@@ -207,234 +207,106 @@ def matches(S, e_x, e_y):
     return guess, similarity, gold, most > 0
 
 
-def encode(encoder, frames, n, device):
-    """Patch features of prepared frames, all sizes at once -> list of e (P, D), fp32."""
-    pixels = torch.cat([frame["patches"] for frame in frames]).to(device, non_blocking=True)
-    grid_thw = torch.tensor([(1, *frame["grid"]) for frame in frames], device=device)
-    # pooler_output is in raster order, and what the language model reads; last_hidden_state is in
-    # the order of the attention windows, which shows only in images larger than one window
-    tokens = encoder(pixels, grid_thw=grid_thw).pooler_output  # (sum of h * w, D)
-    merge = encoder.config.spatial_merge_size
-    sizes = [(frame["grid"][0] // merge, frame["grid"][1] // merge) for frame in frames]
-    maps = tokens.split([h * w for h, w in sizes])
-    return [cell_features(m.view(h, w, -1), n) for m, (h, w) in zip(maps, sizes)]
+# ------------------------------------------------------------------------------- views and pairs
 
 
-# ------------------------------------------------------------------------------- frames and pairs
-
-
-class Frames:
-    """Turns samples into what a step needs: image patches for the encoder and S for every pair.
-
-    Frames that cannot be read are reported once, by name, and left out; `skipped` holds them.
-    own_val: whether the data has a val split. If not, one frame pair in five is held out, by a hash
-    of the frames' names, in whichever samples it occurs.
-    """
-
-    def __init__(self, args, own_val):
-        self.args, self.own_val, self.skipped = args, own_val, set()
-        self.processor = Qwen2VLImageProcessorPil(
-            size={"shortest_edge": 56 * 56, "longest_edge": args.max_pixels})
-
-    def read(self, sample, k):
-        """View k of a sample, or None if it cannot be read or is too small."""
-        try:
-            view = sample.view(k)
-            if min(view.depth.shape) < self.args.grid:
-                raise geometry.DataError(
-                    f"{sample.depths[k]}: smaller than --grid {self.args.grid}")
-            return view
-        except geometry.DataError as error:
-            return self.skip(error)
-
-    def skip(self, error):
-        if str(error) not in self.skipped:
-            self.skipped.add(str(error))
-            print(f"skipped {error}", flush=True)
-
-    def patches(self, view):
-        """The encoder's input for a view: {"patches" (h' * w', 1176) float32, "grid": (h', w')}."""
-        out = self.processor(images=[view.image], return_tensors="pt")
-        return {"patches": out["pixel_values"],
-                "grid": tuple(out["image_grid_thw"][0, 1:].tolist())}
-
-    def overlap(self, x, y):
-        S = geometry.correspondence(x, y, self.args.grid, self.args.t, self.args.t_rel)
-        return torch.from_numpy(S).float()
-
-    def held_out(self, sample, pair):
-        """Whether this pair of frames is kept from training; data with a val split keeps none."""
-        names = sorted("/".join(sample.images[k].parts[-3:]) for k in pair)  # scene, folder, frame
-        return not self.own_val and zlib.crc32("|".join(names).encode()) % 5 == 0
-
-    def prepare(self, sample, pairs):
-        """Read the frames that `pairs`, [(a, b), ...] of views of a sample, need.
-
-        Returns frames, dicts as of `patches` with the "image" beside; and [(x, y, S), ...] with
-        indices into frames. Pairs of unreadable frames are left out, so both lists can be empty.
-        """
-        views = {k: self.read(sample, k) for k in sorted({k for pair in pairs for k in pair})}
-        used = [k for k in views if views[k]]
-        frames = [{**self.patches(views[k]), "image": views[k].image} for k in used]
-        return frames, [(used.index(a), used.index(b), self.overlap(views[a], views[b]))
-                        for a, b in pairs if views[a] and views[b]]
-
-
-def all_pairs(sample):
-    """The unordered pairs (a, b), a < b, of a sample's views."""
-    return list(itertools.combinations(range(len(sample.images)), 2))
-
-
-def draw_samples(samples, frames, count, seed):
-    """Indices of `count` random samples (or all) that have a pair of views to train on."""
-    drawn = np.random.default_rng([seed, 0]).permutation(len(samples))[:count]
-    if frames.own_val:
-        return drawn
-    kept = []
-    for k in drawn:
-        try:
-            if not all(frames.held_out(samples[k], pair) for pair in all_pairs(samples[k])):
-                kept.append(k)
-        except geometry.DataError as error:
-            frames.skip(error)
-    return kept
-
-
-def sample_order(drawn, seed):
-    """Position k of training -> index of a sample: the drawn ones, in a new order each epoch.
-
-    A function of (seed, k) alone, so a resumed run goes on where it stopped.
-    """
-    epochs = {}
-
-    def at(k):
-        epoch, place = divmod(k, len(drawn))
-        if epoch not in epochs:
-            epochs.clear()
-            epochs[epoch] = np.random.default_rng([seed, 1, epoch]).permutation(len(drawn))
-        return int(drawn[epochs[epoch][place]])
-
-    return at
-
-
-def find_held_out(samples, frames, count):
-    """`count` different held-out frame pairs, or as many as there are: list of (sample, (a, b))."""
-    found, rng = {}, np.random.default_rng(0)
-    for index in rng.permutation(len(samples))[:1000 + 20 * count]:
-        try:
-            sample = samples[int(index)]
-        except geometry.DataError as error:
-            frames.skip(error)
-            continue
-        for pair in all_pairs(sample):
-            if frames.own_val or frames.held_out(sample, pair):
-                found.setdefault(frozenset(sample.images[k] for k in pair), (sample, pair))
-        if len(found) >= 3 * count:
-            break
-    found = list(found.values())
-    # in random order, so that the first few show different scenes
-    return [found[k] for k in rng.permutation(len(found))[:count]]
-
-
-def prepared_ahead(pool, prepare, order, args, start, rank, world):
-    """Yield each step's [prepare(index), ...] of this process, computed ahead by `pool`."""
-    mine = range(rank, args.batch, world)
-    ahead, submitted, queue = 2 + args.workers // len(mine), start, deque()
-    for step in range(start, args.steps):
-        while submitted < min(step + ahead, args.steps):
-            queue.append([pool.submit(prepare, order(submitted * args.batch + k)) for k in mine])
-            submitted += 1
-        yield [job.result() for job in queue.popleft()]
-
-
-def pairs_at(samples, frames, index):
-    """(name, frames, pairs) of sample `index`, without the held-out pairs."""
+def prepare(sample, args, processor):
+    """What a step needs of a sample: its views, the encoder's pixels and grids, and the (x, y, S)
+    of all pairs of its views, x < y. Raises DataError if one of them cannot be used."""
+    views = sample.views()
     try:
-        sample = samples[index]
-    except geometry.DataError as error:
-        frames.skip(error)
-        return f"sample {index}", [], []
-    pairs = [pair for pair in all_pairs(sample) if not frames.held_out(sample, pair)]
-    return sample.id, *frames.prepare(sample, pairs)
+        images = processor(images=[view.image for view in views], return_tensors="pt")
+        pairs = [(x, y, torch.from_numpy(geometry.correspondence(
+            views[x], views[y], args.grid, args.t, args.t_rel)).float())
+            for x, y in itertools.combinations(range(len(views)), 2)]
+    except (ValueError, TypeError) as error:  # a picture longer than 200 : 1, too few pixels
+        raise geometry.DataError(f"{sample.id}: {error}") from None
+    return views, images["pixel_values"], images["image_grid_thw"], pairs
+
+
+def heldout_pairs(walk, count):
+    """`count` different held-out pairs of frames, or as many as there are: Samples of two views."""
+    found = {}
+    for sample in islice(walk.heldout(), 1000 + 20 * count):
+        for x, y in itertools.combinations(range(len(sample.images)), 2):
+            images = [sample.images[x], sample.images[y]]
+            if walk.own_val or geometry.held_out(images):
+                found.setdefault(frozenset(images), dataclasses.replace(
+                    sample, images=images, depths=[sample.depths[x], sample.depths[y]]))
+    # in random order, so that the first few show different scenes
+    found, order = list(found.values()), np.random.default_rng(0).permutation(len(found))
+    return [found[k] for k in order[:count]]
 
 
 # ----------------------------------------------------------------------- looking at what it learnt
 
 
-def evaluate(encoder, held_out, frames, pool, args, device, start_features=None):
-    """Match the held-out pairs. Returns the record for the log, the patch features of all pairs,
-    and what draw_matches needs of the first three.
+def evaluate(encoder, heldout, args, start_features=None):
+    """Match held-out pairs, each as `prepare` gives it. Returns the record for the log, the patch
+    features of all pairs, and the `matches` of the first three.
 
     match_accuracy: share of the patches with overlap, in both directions, whose most similar patch
     is the one that overlaps most. chance: 1 / P. drift: relative change of the features since the
     start, |e - e_start| / |e_start|; the frozen language model has not seen the new ones.
     """
     right = total = 0
-    sums, features, shown = torch.zeros(2), [], []
-    for ready, pairs in pool.map(lambda job: frames.prepare(job[0], [job[1]]), held_out):
-        for x, y, S in pairs:
-            with torch.no_grad():
-                e = [f.cpu() for f in encode(encoder, ready, args.grid, device)]
-                sums += torch.stack(alignment_loss(e, [(x, y, S)], 1, args))
-            forth, back = matches(S, e[x], e[y]), matches(S.T, e[y], e[x])
-            for guess, _, gold, overlaps in (forth, back):
-                right += int((guess == gold)[overlaps].sum())
-                total += int(overlaps.sum())
-            features.append(torch.stack([e[x], e[y]]))
-            if len(shown) < 3:
-                shown.append((ready[x]["image"], ready[y]["image"], forth))
-    if not features:
-        raise geometry.DataError(
-            f"{args.data}: none of the {len(held_out)} held-out pairs can be read")
+    sums, features, first = torch.zeros(2), [], []
+    for _, pixels, grids, pairs in heldout:
+        (x, y, S), = pairs
+        with torch.no_grad():
+            e = [its.cpu() for its in encode(encoder, pixels, grids, args.grid)]
+            sums += torch.stack(alignment_loss(e, pairs, len(heldout), args))
+        both = matches(S, e[x], e[y]), matches(S.T, e[y], e[x])
+        for guess, _, gold, overlaps in both:
+            right += int((guess == gold)[overlaps].sum())
+            total += int(overlaps.sum())
+        features.append(torch.stack(e))
+        first += [both[0]] if len(first) < 3 else []
     features = torch.stack(features)  # (pairs, 2, P, D)
     start = features if start_features is None else start_features
-    record = {"match_accuracy": right / max(total, 1), "chance": 1 / args.grid**2,
-              "drift": float((features - start).norm() / start.norm()),
-              "heldout_loss": float(sums[0]) / len(features),
-              "heldout_excess": float(sums[1]) / len(features)}
-    return record, features, shown
+    return {"match_accuracy": right / max(total, 1), "chance": 1 / args.grid**2,
+            "drift": float((features - start).norm() / start.norm()),
+            "heldout_loss": float(sums[0]), "heldout_excess": float(sums[1])}, features, first
 
 
-def draw_matches(path, before, after, n):
+def draw_matches(path, heldout, before, after, n):
     """A picture of the first held-out pairs, before training (left) and now (right).
 
     Lines join the up to 12 patches of the first view that are surest of their match (and have a
     true one) to their match in the second view: green if that patch overlaps most, red if not.
     """
-    panels = [[_match_panel(title, *view, n) for title, view in (("before", b), ("after", a))]
-              for b, a in zip(before, after)]
-    gap = 14
-    width = max(panel.width for row in panels for panel in row)
-    height = panels[0][0].height
-    page = Image.new("RGB", (2 * width + 3 * gap, len(panels) * (height + gap) + gap), "white")
-    for r, row in enumerate(panels):
+    rows = [[match_panel(title, views, its, n) for title, its in (("before", b), ("after", a))]
+            for (views, *_), b, a in zip(heldout, before, after)]
+    width, height = max(panel.width for row in rows for panel in row), rows[0][0].height
+    page = Image.new("RGB", (2 * width + 42, len(rows) * (height + 14) + 14), "white")
+    for r, row in enumerate(rows):
         for c, panel in enumerate(row):
-            page.paste(panel, (gap + c * (width + gap), gap + r * (height + gap)))
-    beside = path.with_name("." + path.name)
-    page.save(beside, format="PNG")
-    os.replace(beside, path)
+            page.paste(panel, (14 + c * (width + 14), 14 + r * (height + 14)))
+    page.save(path.with_suffix(".tmp"), format="PNG")
+    os.replace(path.with_suffix(".tmp"), path)
 
 
-def _match_panel(title, image_x, image_y, matched, n, height=260, head=24):
+def match_panel(title, views, matched, n, height=260, head=24):
+    """Two views side by side with their cells, and lines between the surest matches."""
     guess, similarity, gold, overlaps = matched
-    views = [Image.fromarray(image) for image in (image_x, image_y)]
-    views = [view.resize((round(view.width * height / view.height), height)) for view in views]
-    left = (0, views[0].width + 6)
-    panel = Image.new("RGB", (left[1] + views[1].width, head + height), "white")
+    images = [Image.fromarray(view.image) for view in views]
+    images = [its.resize((round(its.width * height / its.height), height)) for its in images]
+    left = (0, images[0].width + 6)
+    panel = Image.new("RGB", (left[1] + images[1].width, head + height), "white")
     draw = ImageDraw.Draw(panel)
-    for view, x in zip(views, left):
-        panel.paste(view, (x, head))
+    for image, x in zip(images, left):
+        panel.paste(image, (x, head))
         for k in range(1, n):
-            u, v = x + k * view.width // n, head + k * height // n
+            u, v = x + k * image.width // n, head + k * height // n
             draw.line([u, head, u, head + height], fill=(190, 190, 190))
-            draw.line([x, v, x + view.width, v], fill=(190, 190, 190))
+            draw.line([x, v, x + image.width, v], fill=(190, 190, 190))
     surest = similarity.masked_fill(~overlaps, -2.0).argsort(descending=True)[
         :min(12, int(overlaps.sum()))]
     for i in surest.tolist():
         apart = ((i % n + 0.5) / n - 0.5) * 0.5  # or lines along a row would hide each other
-        ends = [(x + (cell % n + 0.5) * view.width / n,
+        ends = [(x + (cell % n + 0.5) * image.width / n,
                  head + (cell // n + 0.5 + apart) * height / n)
-                for cell, view, x in zip((i, int(guess[i])), views, left)]
+                for cell, image, x in zip((i, int(guess[i])), images, left)]
         colour = (20, 170, 60) if guess[i] == gold[i] else (220, 40, 40)
         draw.line(ends, fill="white", width=5)
         draw.line(ends, fill=colour, width=3)
@@ -446,313 +318,37 @@ def _match_panel(title, image_x, image_y, matched, n, height=260, head=24):
     return panel
 
 
-# -------------------------------------------------------------------------------------- plumbing
-
-
-class Recompute(torch.autograd.Function):
-    """Activation checkpointing: keep a block's input only, run it again in the backward pass."""
-
-    @staticmethod
-    def forward(ctx, run, hidden):
-        ctx.run = run
-        ctx.save_for_backward(hidden)
-        return run(hidden)  # autograd is off in here: nothing inside the block is kept
-
-    @staticmethod
-    def backward(ctx, grad):
-        hidden = ctx.saved_tensors[0].detach().requires_grad_()
-        with torch.enable_grad():
-            out = ctx.run(hidden)
-        torch.autograd.backward(out, grad)  # adds to the gradients of the block's weights
-        return None, hidden.grad
-
-
-def recompute_in_backward(block):
-    """Wrap a transformer block so that it keeps none of its activations.
-
-    What goes into the block must require grad, since autograd sees the hidden states only.
-    """
-    run = block.forward
-    block.forward = lambda hidden, **kwargs: Recompute.apply(partial(run, **kwargs), hidden)
-
-
-def attend_in_groups(attention, hidden, cu_seqlens, position_embeddings, **_):
-    """The image encoder's attention with all windows of one length in one call; same numbers.
-
-    The library's own loops over windows: 448x448 pixels, three views and 32 blocks are 1,356 calls
-    instead of 32. hidden (L, D); cu_seqlens: where windows (or images, in full attention) begin
-    and end.
-    """
-    L = len(hidden)
-    q, k, v = attention.qkv(hidden).view(L, 3, attention.num_heads, -1).unbind(1)  # (L, heads, d)
-    q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
-    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff()
-    outs, places = [], []
-    for length in lengths.unique().tolist():
-        rows = starts[lengths == length, None] + torch.arange(length, device=hidden.device)
-        out = F.scaled_dot_product_attention(*(x[rows].transpose(1, 2) for x in (q, k, v)))
-        outs.append(out.transpose(1, 2).reshape(rows.numel(), -1))  # (windows * length, D)
-        places.append(rows.flatten())
-    return attention.proj(torch.cat(outs)[torch.cat(places).argsort()])
-
-
-def embed_patches(embed, pixels):
-    """Patch embedding as the matrix product that it is: a 3-D convolution by patch is slow."""
-    return F.linear(pixels.to(embed.proj.weight.dtype), embed.proj.weight.flatten(1))
-
-
-def speed_up(encoder):
-    encoder.patch_embed.forward = partial(embed_patches, encoder.patch_embed)
-    for block in encoder.blocks:
-        block.attn.forward = partial(attend_in_groups, block.attn)
-    return encoder
-
-
-class Adam:
-    """AdamW without weight decay, on one flat fp32 master copy of what trains in a model.
-
-    At lr 1e-5 most updates are smaller than the spacing of bf16 numbers: weights kept in bf16 alone
-    would hardly move. So the model computes in its working dtype, while the optimiser keeps fp32
-    weights and moments, and rounds back after each step. An fp32 model needs no copy: its
-    parameters and gradients become views of the flat vectors. fp16 gradients underflow, so the loss
-    is scaled up before the backward pass and the gradient down after it.
-    """
-
-    def __init__(self, model, dtype, lr, clip, betas=(0.9, 0.999), eps=1e-8):
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.lr, self.clip, self.betas, self.eps = lr, clip, betas, eps
-        self.master = torch.cat([p.detach().float().flatten() for p in self.parameters])
-        self.grad, self.m, self.v = (torch.zeros_like(self.master) for _ in range(3))
-        self.t = self.good = 0  # updates; updates since the loss scale last changed
-        self.scale = 2.0**16 if dtype == torch.float16 else 1.0
-        sizes = [p.numel() for p in self.parameters]
-        self.weights = [w.view_as(p) for w, p in zip(self.master.split(sizes), self.parameters)]
-        self.grads = [g.view_as(p) for g, p in zip(self.grad.split(sizes), self.parameters)]
-        self.shared = dtype == torch.float32
-        for p, w, g in zip(self.parameters, self.weights, self.grads):
-            if self.shared:
-                p.data, p.grad = w, g
-            else:
-                p.data = w.to(dtype)
-                p.register_post_accumulate_grad_hook(partial(self.take, g))
-        for p in model.parameters():
-            if not p.requires_grad:  # frozen: no master copy
-                p.data = p.data.to(dtype)
-
-    def backward(self, loss):
-        """Add a loss's gradient, in fp32, to that of the losses before it in this step."""
-        (loss * self.scale).backward()
-
-    @staticmethod
-    def take(g, p):
-        """Called when p's gradient is there: the 16-bit ones never exist all at once."""
-        g += p.grad.to(g.device)
-        p.grad = None
-
-    def reduce(self):
-        """Sum the gradient over processes. Returns its norm, which may be inf or NaN."""
-        if dist.is_initialized():
-            dist.all_reduce(self.grad)
-        self.grad /= self.scale
-        return float(self.grad.norm())
-
-    def step(self, norm):
-        """One update, gradient clipped to self.clip. Returns the norm of the weights' change."""
-        self.t, self.good = self.t + 1, self.good + 1
-        self.grad *= min(1.0, self.clip / (norm + 1e-12))
-        (b1, b2), change = self.betas, 0.0
-        flat = (self.master, self.grad, self.m, self.v)
-        for w, g, m, v in zip(*(x.split(1 << 22) for x in flat)):  # in pieces: small temporaries
-            m.lerp_(g, 1 - b1)
-            v.mul_(b2).addcmul_(g, g, value=1 - b2)
-            root = (v / (1 - b2**self.t)).sqrt_().add_(self.eps)
-            update = root.reciprocal_().mul_(m).mul_(self.lr / (1 - b1**self.t))
-            w -= update
-            change = change + update.square().sum()
-        if self.scale > 1 and self.good % 1000 == 0:
-            self.scale *= 2
-        self.publish()
-        return float(change) ** 0.5
-
-    def skip(self):
-        """Drop a non-finite gradient. Returns True if a lower loss scale may mend it."""
-        self.grad.zero_()
-        self.good, may_mend = 0, self.scale > 1
-        self.scale = max(1.0, self.scale / 2)
-        return may_mend
-
-    def publish(self):
-        """Round the master weights into the model; clear the gradient."""
-        self.grad.zero_()
-        if not self.shared:
-            for p, w in zip(self.parameters, self.weights):
-                p.data.copy_(w)
-
-    def state(self):
-        return ({"master": self.master, "m": self.m, "v": self.v},
-                {"t": self.t, "scale": self.scale, "good": self.good})
-
-    def load(self, tensors, numbers):
-        for name in ("master", "m", "v"):
-            getattr(self, name).copy_(tensors[name])
-        self.t, self.scale, self.good = numbers["t"], numbers["scale"], numbers["good"]
-        self.publish()
-
-
-def save_tensors(path, tensors, metadata):
-    """Write safetensors beside `path`, then rename: a kill or full disk spares the old file."""
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, beside, metadata)
-        with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except (OSError, SafetensorError) as error:
-        beside.unlink(missing_ok=True)
-        raise geometry.DataError(
-            f"could not save {path} ({error}). What was saved before is untouched: "
-            "free some space and continue with --resume") from None
-
-
-def save_checkpoint(path, optimizer, step, args):
-    tensors, numbers = optimizer.state()
-    state = {"step": step, "optimizer": numbers, "args": vars(args)}
-    save_tensors(path, tensors, {"state": json.dumps(state)})
-
-
-def read_checkpoint(path):
-    """The state beside a checkpoint's tensors: {"step", "optimizer", "args"}."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return json.loads(file.metadata()["state"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise geometry.DataError(f"{path}: cannot be read as a checkpoint ({error})") from None
-
-
-def check_resume(state, args, names, path):
-    """Resuming is exact only with the arguments that the run was started with."""
-    for name in names:
-        then, now = state["args"].get(name), getattr(args, name)
-        if then != now:
-            raise geometry.DataError(
-                f"{path} was made with --{name.replace('_', '-')} {then}, not {now}: "
-                "resume with the same, or start over in another --out")
-
-
-def find_model(name):
-    """Directory of a model: `name` itself, or the hub's copy of it."""
-    path = Path(name)
-    if not path.is_dir():
-        if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or path.parent.is_dir():
-            raise geometry.DataError(
-                f"{name}: no such model directory. `python pasta.py --grid 4` makes a tiny one in "
-                f"{DEMO / 'model'}; the paper's is Qwen/Qwen2.5-VL-3B-Instruct")
-        try:
-            from huggingface_hub import snapshot_download
-
-            path = Path(snapshot_download(
-                name, allow_patterns=["*.json", "*.txt", "*.jinja", "*.safetensors"]))
-        except Exception as error:  # the hub raises dozens of kinds: offline, gated, misspelt, ...
-            raise geometry.DataError(
-                f"{name}: no such directory, and the hub has not given it either "
-                f"({str(error).strip().splitlines()[0]})") from None
-    if not (path / "config.json").exists() or not list(path.glob("*.safetensors")):
-        raise geometry.DataError(
-            f"{path}: a model directory holds config.json and *.safetensors, this one does not")
-    return path
-
-
-# "visual." as published, "model.visual." in newer files
-VISION_KEY = re.compile(r"(?:model\.)?visual\.(.+)")
-
-
-def load_encoder(model, device):
-    """The vision tower of a model directory in fp32, out of its shards; all else is left there."""
-    config = Qwen2_5_VLConfig.from_pretrained(model)
-    weights = {}
-    for shard in sorted(model.glob("model*.safetensors")):
-        try:
-            with safe_open(shard, framework="pt") as file:
-                for key in file.keys():
-                    if found := VISION_KEY.fullmatch(key):
-                        weights[found[1]] = file.get_tensor(key)
-        except SafetensorError as error:
-            raise geometry.DataError(
-                f"{shard}: cannot be read ({error}); an interrupted download?") from None
-    encoder = Qwen2_5_VisionTransformerPretrainedModel._from_config(
-        config.vision_config, dtype=torch.float32)
-    lacking = sorted(set(encoder.state_dict()) - set(weights))
-    if lacking:
-        raise geometry.DataError(
-            f"{model}: {len(lacking)} tensors of the image encoder are not in its "
-            f"model*.safetensors, visual.{lacking[0]} among them")
-    try:
-        encoder.load_state_dict(weights)
-    except RuntimeError as error:
-        raise geometry.DataError(f"{model}: its image encoder is not what config.json says: "
-                                 f"{str(error).splitlines()[-1].strip()}") from None
-    return encoder.to(device)
-
-
-def save_model(model, out, encoder_weights):
-    """Write model directory `model` to `out` with another vision tower and all else unchanged.
-
-    encoder_weights: name without prefix -> tensor. Shards keep their names, keys and dtypes. The
-    files are written to out/incoming first and moved when all are there, so a kill harms no model.
-    """
-    incoming = out / "incoming"
-    shutil.rmtree(incoming, ignore_errors=True)
-    incoming.mkdir(parents=True)
-    for source in sorted(model.iterdir()):
-        if source.match("model*.safetensors"):
-            with safe_open(source, framework="pt") as file:
-                tensors, metadata = (
-                    {key: file.get_tensor(key) for key in file.keys()}, file.metadata())
-            for key, tensor in tensors.items():
-                if found := VISION_KEY.fullmatch(key):
-                    tensors[key] = encoder_weights[found[1]].to(tensor.dtype)
-            save_tensors(incoming / source.name, tensors, metadata)
-        elif source.suffix in (".json", ".txt", ".jinja"):
-            shutil.copyfile(source, incoming / source.name)
-    move_in(incoming, out)
-
-
-def move_in(incoming, out):
-    """Move the files of a whole model from `incoming` to `out`, in place of a former model's."""
-    written = {file.name for file in incoming.iterdir()}
-    for name in sorted(written):
-        os.replace(incoming / name, out / name)
-    incoming.rmdir()
-    for file in out.glob("model*.safetensors*"):  # shards of a former model would be read as well
-        if file.name not in written:
-            file.unlink()
+# ------------------------------------------------------------------------------ the demo's model
 
 
 def make_demo_model(path, data, seed):
-    """Write a tiny random Qwen2.5-VL and a tokenizer trained on the texts of `data` to `path`.
+    """Write a tiny Qwen2.5-VL and a tokenizer trained on the texts of `data` to `path`, once.
 
-    The real classes in a small configuration: 4 vision blocks of width 128, every other with window
-    attention; 4 language layers of width 192. Special tokens have Qwen's names. Made once per seed.
+    The real classes in a small configuration, all special tokens named as Qwen's. Its weights are
+    random, but for what a pretrained model has learnt from a trillion words and no tiny one can in
+    minutes (put_heads_in).
     """
-    stamp = path.with_suffix(".json")
-    if stamp.exists() and json.loads(stamp.read_text()) == {"seed": seed}:
+    if (path / "config.json").exists():
         return
     texts = [rewards.ACTION_INSTRUCTION, rewards.ANSWER_INSTRUCTION, rewards.LANGUAGE_INSTRUCTION]
-    for sample in geometry.load_samples(data):
-        gold = rewards.gold_of(sample)
-        texts += [sample.question, sample.answer, rewards.write_response(gold.actions, gold.answer)]
+    samples = geometry.load_samples(data)
+    for k in range(0, len(samples), max(1, len(samples) // 2000)):
+        gold = rewards.gold_of(samples[k])
+        texts += [samples[k].question, rewards.write_response(gold.actions, gold.answer)]
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
                "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
     tokenizer = transformers.Qwen2Tokenizer().train_new_from_iterator(
         texts, 1200, new_special_tokens=special, show_progress=False)
-    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in special}
+    ids = dict(zip(special, tokenizer.convert_tokens_to_ids(special)))
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer), "hidden_size": 192, "intermediate_size": 512,
-            "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2,
+            "num_hidden_layers": 4, "num_attention_heads": 3, "num_key_value_heads": 3,
             "max_position_embeddings": 8192, "initializer_range": 0.08,  # see below
+            # Qwen's [16, 24, 24] gives columns the lowest frequencies: so small a model is blind
+            # to them
             "rope_parameters": {
-                "rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]},
+                "rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [0, 2, 30]},
             "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|endoftext|>"]},
         vision_config={
@@ -764,39 +360,349 @@ def make_demo_model(path, data, seed):
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=True)
     torch.manual_seed(seed)
+    transformers.utils.logging.disable_progress_bar()
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    put_heads_in(model)
     making = path.with_name(path.name + ".partial")
     shutil.rmtree(making, ignore_errors=True)
-    transformers.utils.logging.disable_progress_bar()
-    transformers.Qwen2_5_VLForConditionalGeneration(config).save_pretrained(making)
-    tokenizer.save_pretrained(making)
-    Qwen2VLImageProcessorPil().save_pretrained(making)
-    stamp.unlink(missing_ok=True)
-    shutil.rmtree(path, ignore_errors=True)
+    for part in (model, tokenizer, Qwen2VLImageProcessorPil()):
+        part.save_pretrained(making)
     making.rename(path)
-    stamp.write_text(json.dumps({"seed": seed}))
 
 
-def start_processes():
-    """Join torchrun's process group if there is one. Returns rank, world, device."""
+@torch.no_grad()
+def put_heads_in(model):
+    """Give a tiny model the attention heads that let a pretrained one compare two pictures.
+
+    Layer 0 writes *where* a token is into the features from 128 on. Layer 1 looks, in the picture
+    before, for *what* a token shows, in the features below 128, and fetches where that was. The
+    heads know no pose and no room: whether what they compare looks alike is up to the encoder.
+    """
+    where, what, *others = [layer.self_attn for layer in model.model.language_model.layers]
+    for project in (where.q_proj, where.k_proj):
+        project.weight.zero_()  # attention by position alone
+        project.bias.normal_(0, 2)
+    where.o_proj.weight *= 3
+    where.o_proj.weight[:128] = 0
+    what.q_proj.weight[:, 128:] = 0
+    q = what.q_proj.weight.unflatten(0, (3, 2, 32))  # heads, halves of a rotation, frequencies
+    q[:, :, :8] = 0  # blind to the high frequencies: a little to the side is as good
+    what.k_proj.weight.copy_(what.q_proj.weight)  # alike attracts
+    for project, sign in ((what.q_proj, 4), (what.k_proj, -4)):  # but not one's own neighbours
+        project.bias.unflatten(0, (3, 2, 32))[:, 0, 2:5] = sign
+    what.v_proj.weight[:, :128] = 0
+    what.o_proj.weight *= 2
+    for attention in others:
+        attention.q_proj.weight *= 0.3
+        attention.k_proj.weight *= 0.3
+    for layer in model.model.language_model.layers:
+        layer.mlp.down_proj.weight.zero_()
+    for its in model.model.visual.merger.mlp[-1].parameters():
+        its *= 0.5
+
+
+# -------------------------------------------------------------------------------------- plumbing
+
+
+class Recompute(torch.autograd.Function):
+    """Activation checkpointing: keep what goes into a function, run it again in the backward pass.
+
+    Gradients of what the function uses beside its inputs, a block's weights, add up there.
+    """
+
+    @staticmethod
+    def forward(ctx, run, *inputs):
+        ctx.run = run
+        ctx.save_for_backward(*inputs)
+        return run(*inputs)  # autograd is off in here: nothing inside is kept
+
+    @staticmethod
+    def backward(ctx, *grads):
+        inputs = [its.detach().requires_grad_(needs)
+                  for its, needs in zip(ctx.saved_tensors, ctx.needs_input_grad[1:])]
+        with torch.enable_grad():
+            outputs = ctx.run(*inputs)
+        torch.autograd.backward(outputs, grads)
+        return None, *(its.grad for its in inputs)
+
+
+def recompute_in_backward(block):
+    """Wrap a transformer block of the library, called as block(hidden, **others)."""
+    run = block.forward
+    block.forward = lambda hidden, **others: Recompute.apply(partial(run, **others), hidden)
+
+
+class Optimizer:
+    """Mixed precision by hand: AdamW on fp32 master copies of what trains in a 16-bit model.
+
+    At lr 1e-5 most updates are smaller than the spacing of bf16 numbers: weights kept in bf16 alone
+    would hardly move. So the model computes in its working dtype; weights, gradients and moments
+    are kept in fp32, and each 16-bit gradient is added to its fp32 one as soon as it is there. The
+    weights of an fp32 model are the masters themselves. fp16 gradients underflow, so the loss is
+    scaled up before the backward pass and the gradient down after it.
+    """
+
+    def __init__(self, model, args, dtype, device):
+        self.lr, self.warmup, self.clip = args.lr, args.warmup, args.clip
+        self.t = self.good = self.bad = 0  # updates; finite steps at this scale; not finite ones
+        self.scale = 2.0**16 if dtype == torch.float16 else 1.0
+        self.tensors = {}  # name: (weight, master, its AdamW)
+        home = torch.device("cpu") if args.offload else device
+        for name, p in model.named_parameters():  # tensor by tensor: nothing ever exists twice
+            trains, master = p.requires_grad, torch.nn.Parameter(p.data)
+            if trains:
+                master.data = p.data.to(home, torch.float32)
+                p.register_post_accumulate_grad_hook(partial(self.take, master))
+                self.tensors[name] = p, master, torch.optim.AdamW(
+                    [master], args.lr, args.betas, weight_decay=0, fused=True)
+            shared = trains and dtype == torch.float32 and home == device
+            p.data = master.data if shared else p.data.to(device, dtype)
+        model.to(device)  # the buffers, in their own dtype
+
+    @staticmethod
+    def take(master, p):
+        """Called when a weight's gradient is there: the 16-bit ones never exist all at once."""
+        grad = p.grad.to(master.device, torch.float32)
+        master.grad = grad if master.grad is None else master.grad.add_(grad)
+        p.grad = None
+
+    def backward(self, loss):
+        """Add a loss's gradient to that of the losses before it in this step."""
+        (loss * self.scale).backward()
+
+    def reduce(self):
+        """Sum the gradient over processes, undo the scale. Returns its norm, maybe inf or NaN."""
+        masters = [master for _, master, _ in self.tensors.values()]
+        for master in masters:
+            master.grad = torch.zeros_like(master) if master.grad is None else master.grad
+            if dist.is_initialized():
+                dist.all_reduce(master.grad)
+            master.grad /= self.scale
+        return float(torch.stack([master.grad.norm() for master in masters]).norm())
+
+    def step(self, norm):
+        """One update, the gradient clipped. Returns the norm of the weights' change; None, and
+        changes nothing, if the gradient is not finite."""
+        finite, change = math.isfinite(norm), 0.0
+        self.t, self.good = self.t + finite, self.good + 1 if finite else 0
+        for p, master, adam in self.tensors.values():
+            if finite:
+                master.grad *= min(1.0, self.clip / (norm + 1e-12))
+                adam.param_groups[0]["lr"] = self.lr * min(1.0, self.t / max(self.warmup, 1))
+                before = master.detach().clone()
+                adam.step()
+                change += before.sub_(master.detach()).norm() ** 2
+                p.data.copy_(master.data)
+            master.grad = None
+        self.bad = 0 if finite else self.bad + (self.scale == 1)  # a lower scale may mend it
+        if self.scale > 1:
+            self.scale *= 0.5 if not finite else 2 if self.good % 1000 == 0 else 1
+        return float(change) ** 0.5 if finite else None
+
+    def state(self, kind):
+        """{name: fp32 tensor} of "master" or of a moment, "exp_avg" or "exp_avg_sq"."""
+        return {name: {"master": master.detach(), **adam.state[master]}.get(
+            kind, torch.zeros_like(master)).cpu() for name, (_, master, adam) in self.tensors.items()}
+
+    def load(self, out, state):
+        """Continue from a checkpoint's state and the files in `out` that it names."""
+        self.t, self.good, self.scale = state["t"], state["good"], state["scale"]
+        for kind, file in state["files"].items():
+            with safe_open(out / file, framework="pt") as tensors:
+                for name, (p, master, adam) in self.tensors.items():
+                    its = tensors.get_tensor(name).to(master.device)
+                    if kind == "master":
+                        p.data.copy_(master.data.copy_(its))
+                    else:
+                        adam.state[master] |= {kind: its, "step": its.new_tensor(float(self.t))}
+
+
+def save_checkpoint(out, state, optimizer):
+    """Three files whose names carry the step, then checkpoint.json, which names them, renamed over
+    the last one: a kill or a full disk spares what was there before."""
+    files = {kind: f"checkpoint-{state['step']}-{kind}.safetensors"
+             for kind in ("master", "exp_avg", "exp_avg_sq")}
+    state |= {"files": files, "t": optimizer.t, "good": optimizer.good, "scale": optimizer.scale}
+    for kind, file in files.items():
+        save_file(optimizer.state(kind), out / file)
+    (out / "checkpoint.tmp").write_text(json.dumps(state))
+    os.sync()
+    os.replace(out / "checkpoint.tmp", out / "checkpoint.json")
+    for file in out.glob("checkpoint-*.safetensors"):
+        if file.name not in files.values():
+            file.unlink()
+
+
+def read_checkpoint(out):
+    """What checkpoint.json of a run says, or None if there is none."""
+    path = Path(out) / "checkpoint.json"
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:
+        raise geometry.DataError(f"{path}: cannot be read ({error})") from None
+
+
+def settle(p, argv, args, values):
+    """Arguments with `values` where none was given; with --resume those of the checkpoint, beside
+    which only what lengthens the run, or changes no number, may stand."""
+    for name, value in values.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and not value >= (name not in MAY_BE_0) * 1e-30:
+            p.error(f"--{name.replace('_', '-')} is out of range: {value}")
+    if not args.resume:
+        return args
+    given = {str(word).partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    kept = {name: its for name, its in vars(args).items() if f"--{name.replace('_', '-')}" in given}
+    others = kept.keys() - {"resume", "out", "steps", "data", "model", "offload", "no_recompute",
+                            "workers"}
+    state = read_checkpoint(args.out)
+    if others or not state:
+        p.error(f"--resume takes its arguments from {args.out}/checkpoint.json; " + (
+            f"--{', --'.join(sorted(others))} cannot stand beside it" if state else
+            "there is none: name the run with --out"))
+    return argparse.Namespace(**state["args"] | kept)
+
+
+def begin(args, walk, source):
+    """What a checkpoint holds beside the optimiser: arguments, and fingerprints of data and start
+    model; and the state to resume from, or None. DataError where --out is not this run's."""
+    out, state = Path(args.out), read_checkpoint(args.out)
+    now = {"args": vars(args), "data": geometry.fingerprint(walk.samples.files),
+           "model": geometry.fingerprint(weight_files(source))}
+    if out.resolve() == source.resolve():
+        raise geometry.DataError(f"--out {out} is the start model's: name another --out")
+    if args.resume and (other := [name for name in ("data", "model") if state[name] != now[name]]):
+        raise geometry.DataError(f"{out} was begun with another --{other[0]} than "
+                                 f"{getattr(args, other[0])}: name that, or start over elsewhere")
+    if not args.resume and state and state["step"] < state["args"]["steps"]:
+        raise geometry.DataError(
+            f"{out} holds a run stopped at step {state['step']} of {state['args']['steps']}: "
+            f"continue it with --resume --out {out}, or remove {out}/checkpoint.json to start over")
+    out.mkdir(parents=True, exist_ok=True)
+    if not args.resume:
+        (out / "checkpoint.json").unlink(missing_ok=True)  # of a run that has ended
+    return now, state if args.resume else None
+
+
+def find_model(name):
+    """Directory of a 16- or 32-bit model and its tokenizer: `name` itself, or the hub's copy."""
+    path = Path(name)
+    if name in MADE_BY and not (path / "config.json").exists():
+        raise geometry.DataError(f"{name}: not there yet; run `{MADE_BY[name]}` first")
+    try:
+        if not path.is_dir():
+            path = Path(snapshot_download(name, allow_patterns=[
+                "*.json", "*.txt", "*.jinja", "*.safetensors"]))
+        config = json.loads((path / "config.json").read_text())
+    except Exception as error:  # the hub raises dozens of kinds: offline, gated, misspelt, ...
+        raise geometry.DataError(f"{name}: no model directory, and none on the hub either "
+                                 f"({str(error).strip().splitlines()[0]})") from None
+    if "quantization_config" in config:
+        raise geometry.DataError(f"{path}: its weights are quantised; take the 16-bit model")
+    if not (path / "tokenizer.json").exists() and not (path / "vocab.json").exists():
+        raise geometry.DataError(f"{path}: has no tokenizer.json; copy the tokenizer's files from "
+                                 "the model that it was made of")
+    return path
+
+
+def weight_files(path):
+    """The files with a model's weights, as from_pretrained chooses them."""
+    if (path / "model.safetensors").exists():
+        return [path / "model.safetensors"]
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    return [path / name for name in sorted(set(index["weight_map"].values()))]
+
+
+def plain(key):
+    """A tensor's name without the prefixes, which differ between files and releases."""
+    return re.sub(r"^(model\.)?(language_model\.)?", "", key)
+
+
+def read_headers(path):
+    """{plain name: (numbers, dtype as the file calls it)} of all tensors of a model directory."""
+    headers = {}
+    for file in weight_files(path):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():
+                    its = tensors.get_slice(key)
+                    headers[plain(key)] = math.prod(its.get_shape()), its.get_dtype()
+        except (OSError, SafetensorError) as error:
+            raise geometry.DataError(f"{file}: cannot be read ({error}); download it again, or "
+                                     "write it anew") from None
+    return headers
+
+
+def load_model(path):
+    """Model and tokenizer of a directory, on the CPU, in the widest dtype that its files state."""
+    transformers.utils.logging.disable_progress_bar()
+    kinds = {kind for _, kind in read_headers(path).values()}  # config.json may say another
+    dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get("".join(kinds), torch.float32)
+    try:
+        model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            path, dtype=dtype, output_loading_info=True)
+        # control tokens in texts are text; set once, since threads share the tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(path, split_special_tokens=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise geometry.DataError(
+            f"{path}: cannot be read as a Qwen2.5-VL ({str(error).splitlines()[0]})") from None
+    if lacking := sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"]))):
+        raise geometry.DataError(f"{path}: {len(lacking)} tensors are missing or have another "
+                                 f"shape than config.json says, {lacking[0]} among them")
+    model.generation_config = GenerationConfig()  # not the checkpoint's
+    patch_embed = model.model.visual.patch_embed
+    patch_embed.forward = partial(embed_patches, patch_embed)
+    return model, tokenizer
+
+
+def embed_patches(embed, pixels):
+    """Patch embedding as the matrix product that it is: a 3-D convolution by patch is slow."""
+    return F.linear(pixels.to(embed.proj.weight.dtype), embed.proj.weight.flatten(1))
+
+
+def save_model(model, source, out, optimizer):
+    """Write model directory `source` to `out` with the trained tensors in place of its own.
+
+    All else leaves as it came: other tensors bit for bit, dtypes, names, shards, json files. So
+    what reads the source reads `out`. Moved there when all is written: a kill harms no model.
+    """
+    masters = {p: master.detach() for p, master, _ in optimizer.tensors.values()}
+    trained = {plain(name): masters[p] for name, p in model.named_parameters(remove_duplicate=False)
+               if p in masters}
+    incoming = out / "incoming"
+    shutil.rmtree(incoming, ignore_errors=True)
+    incoming.mkdir()
+    for file in source.iterdir():
+        if file in weight_files(source):
+            tensors = {key: trained.get(plain(key), its).to("cpu", its.dtype)
+                       for key, its in load_file(file).items()}
+            save_file(tensors, incoming / file.name, {"format": "pt"})
+        elif file.suffix in (".json", ".txt", ".jinja") and file.name != "checkpoint.json":
+            shutil.copyfile(file, incoming / file.name)
+    for file in (*out.glob("model*.safetensors*"), *incoming.iterdir()):
+        file.unlink() if file.parent == out else os.replace(file, out / file.name)
+    incoming.rmdir()
+
+
+def start_processes(precision):
+    """Join torchrun's process group if there is one. Returns rank, world, device, working dtype."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
+    device, best = torch.device("cpu"), "fp32"
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if world > 1:
-        # both, since --offload keeps gradients in host memory
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        # the others wait while the first evaluates and saves
-        dist.init_process_group(backend, timeout=timedelta(hours=2))
-    return rank, world, device
-
-
-def all_sum(numbers, device):
-    """Each number summed over all processes."""
-    total = torch.tensor(numbers, dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.tolist()
+        best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif shutil.which("nvidia-smi"):
+        print("warning: the GPU cannot be used (its driver? a torch without CUDA?): on the CPU")
+    if best == "fp16":
+        print("warning: this GPU has no bf16: --precision auto is fp16, with a loss scale")
+    if world > 1:  # both backends, since --offload keeps gradients in host memory
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=2))  # others wait while the first saves
+    return rank, world, device, {"fp32": torch.float32, "bf16": torch.bfloat16,
+                                 "fp16": torch.float16}[best if precision == "auto" else precision]
 
 
 def gather(items):
@@ -808,240 +714,161 @@ def gather(items):
     return [item for its in everyone for item in its]
 
 
-class Interrupt:
-    """Remembers SIGINT or SIGTERM, so that the loop can finish its step and save.
+def memory_line(weights, trained, tokens, dtype, device, offload=False):
+    """What a run takes, said before any of it is taken, and what to do if less is there.
 
-    Repeats are ignored, since launchers forward what the processes have got already; only Ctrl-C
-    again, five seconds later, ends the process at once.
+    weights: how many are computed with; trained: how many each trained tensor has. Those have an
+    fp32 master, gradient and two moments; the largest one's update, the activations of `tokens`
+    tokens and the libraries come on top.
     """
-
-    def __init__(self):
-        self.number = self.since = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self)
-
-    def __call__(self, number, frame):
-        if not self.number:
-            self.number, self.since = number, time.monotonic()
-            print(f"\n{signal.Signals(number).name}: finishing this step, then saving", flush=True)
-        elif number == signal.SIGINT and time.monotonic() - self.since > 5:
-            sys.exit("interrupted again: not saved")
+    state = sum(trained) * (12 if dtype == torch.float32 and not offload else 16)
+    work = dtype.itemsize * (weights + 2 * max(trained)) + tokens * 2**18 + 0.3 * 2**30
+    need = {"host": work + state}
+    free = {"host": os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")}
+    if device.type == "cuda":
+        need = {"GPU": work + state * (not offload), "host": state * offload + 2**29}
+        free["GPU"] = torch.cuda.mem_get_info(device)[0]
+    advice = ", too little: --freeze, --offload (on a GPU) or fewer --max-pixels take less"
+    return "memory  " + "; ".join(f"{where} {its / 2**30:.1f} GiB, {free[where] / 2**30:.1f} free" + (
+        advice if its > free[where] else "") for where, its in need.items())
 
 
-class Log:
-    """log.jsonl: arguments, versions, then a line a step; on resume, lines up to that step stay."""
-
-    def __init__(self, path, args, resumed_at):
-        self.path = path
-        head = {"args": vars(args), "versions": {
-            "python": platform.python_version(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "numpy": np.__version__}}
-        kept = []
-        if resumed_at is not None and path.exists():
-            for line in path.read_text().splitlines(keepends=True)[1:]:
-                # a kill can cut the last line
-                if line.endswith("\n") and json.loads(line)["step"] <= resumed_at:
-                    kept.append(line.rstrip())
-        path.write_text("\n".join([json.dumps(head), *kept]) + "\n")
-
-    def write(self, record):
-        with open(self.path, "a") as file:
-            file.write(json.dumps(record) + "\n")
+def open_log(path, args, step):
+    """Begin a log with arguments and versions; of a resumed run keep the lines up to `step`."""
+    lines = path.read_text().splitlines()[1:] if args.resume and path.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    head = {"args": vars(args), "versions": {"python": platform.python_version(), **{
+        its.__name__: its.__version__ for its in (torch, transformers, np)}}}
+    path.write_text("".join(f"{line}\n" for line in (json.dumps(head), *kept)))
 
 
-def print_trainable(model, parts):
-    """What trains and what is frozen: parameters of each of the named submodules."""
-    for name in parts:
-        parameters = list(model.get_submodule(name).parameters())
-        verb = "trains" if any(p.requires_grad for p in parameters) else "frozen"
-        print(f"  {verb}  {name:21} {sum(p.numel() for p in parameters):>13,}")
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"  trains  {'in all':21} {count:>13,} parameters")
+def write_line(path, record):
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
 
 
-def print_step(record, steps, left):
-    """One line a step, in place on a terminal; else about 30 in all. Evaluations always stay."""
-    line = f"step {record['step']}/{steps}"
-    line += "".join(f"  {name} {record[key]:.{digits}f}" for name, key, digits in (
-        ("loss", "loss", 3), ("excess", "excess", 3), ("grad", "grad_norm", 2),
-        ("update", "update_norm", 4), ("pairs/s", "pairs_per_s", 1)) if key in record
-    ) + f"  left {clock(left)}"
-    if "match_accuracy" in record:
-        line += (f"\n        match accuracy {record['match_accuracy']:.1%} of held-out patches, "
-                 f"excess {record['heldout_excess']:.3f}, drift {record['drift']:.2f}")
-    live, keep = sys.stdout.isatty(), "match_accuracy" in record
-    if live or keep or record["step"] == 5 or record["step"] % max(1, steps // 30) == 0:
+def print_step(record, steps, left, fields):
+    """One line a step, in place on a terminal, else about 30 in all; evaluations stay."""
+    line = f"step {record['step']}/{steps}  " + "  ".join(
+        f"{name} {record[name]:.4g}" for name in fields if record.get(name) is not None)
+    line += f"  left {timedelta(seconds=int(left))}"
+    live, keep = sys.stdout.isatty(), record["step"] in (1, steps)
+    if live or keep or record["step"] % max(1, steps // 30) == 0:
         print(line.ljust(90) if live else line, end="\n" if keep or not live else "\r", flush=True)
 
 
-def clock(seconds):
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
+def left_out(step, found, grad_norm, batch, optimizer, say):
+    """The record of a step that changed nothing, said with its samples' names; DataError after
+    five such in a row."""
+    why = f"gradient norm {grad_norm}" if found else "no usable sample"
+    why += f" ({', '.join(gather([name for name, _ in batch]))})"
+    say(f"step {step} left out: {why}")
+    if optimizer.bad == 5:
+        raise geometry.DataError("five steps in a row were not finite: lower --lr, or look at the "
+                                 "samples named above; what was saved before is untouched")
+    return {"step": step, "skipped": why}
 
 
 def main(argv=None):
     args = parse_args(argv)
-    rank, world, device = start_processes()
+    rank, world, device, dtype = start_processes(args.precision)
     say = partial(print, flush=True) if rank == 0 else lambda *_, **__: None
-    if args.batch % world:
-        raise geometry.DataError(
-            f"--batch {args.batch} cannot be shared by {world} processes: use --batch {world}")
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint = out / "checkpoint.safetensors"
-
-    # without --data or --model: rooms and a tiny model, written once in the layouts of real ones
-    if args.demo:
-        say(f"Demo: rendered rooms and {args.model or 'a tiny random Qwen2.5-VL'}. The real run:\n"
+    if args.demo:  # rooms and a tiny model, written once in the layouts of real ones
+        say("Demo: rendered rooms and a tiny Qwen2.5-VL. The real run:\n"
             "  python pasta.py --grid 4 --model Qwen/Qwen2.5-VL-3B-Instruct --data /path/to/spar")
         if rank == 0:
             geometry.render_rooms(args.data, seed=args.seed)
-    if args.model is None:
-        args.model = str(DEMO / "model")
-        if rank == 0:
             make_demo_model(DEMO / "model", args.data, args.seed)
-    if world > 1:
-        dist.barrier()  # the others read what the first process wrote
+        gather([])  # the others read what the first process wrote
+    out, source = Path(args.out), find_model(args.model)
 
-    samples = geometry.load_samples(args.data, tasks=geometry.MULTI_VIEW_TASKS)
-    try:
-        val, own_val = geometry.load_samples(
-            args.data, split="val", tasks=geometry.MULTI_VIEW_TASKS), True
-    except geometry.DataError:
-        val, own_val = samples, False
-    frames = Frames(args, own_val)
-    held_out = find_held_out(val, frames, args.heldout)
-    drawn = draw_samples(samples, frames, args.samples, args.seed)
-    if not held_out or not len(drawn):
-        raise geometry.DataError(f"{args.data}: too few pairs of views to train on some and hold "
-                                 "out others; add samples, or a val folder beside train")
-    order = sample_order(drawn, args.seed)
-    args.steps = args.steps or max(1, len(drawn) // args.batch)
-    args.eval_every = args.eval_every or max(1, args.steps // 4)
-    say(f"data    {args.data}: {len(samples):,} multi-image samples, "
-        f"{len(drawn):,} of them drawn; {len(held_out)} held-out pairs "
-        + ("from val" if own_val else "(no val split: one frame pair in five is kept out)"))
-
-    state = None
-    if args.resume:
-        state = read_checkpoint(checkpoint)
-        check_resume(state, args, (
-            "model", "data", "samples", "max_pixels", "grid", "tau1", "tau2", "t", "t_rel",
-            "skip_empty", "batch", "lr", "clip", "seed", "precision"), checkpoint)
-    elif checkpoint.exists() and (
-            old := read_checkpoint(checkpoint))["step"] < old["args"]["steps"]:
-        raise geometry.DataError(
-            f"{out} holds a run stopped at step {old['step']} of {old['args']['steps']}: continue "
-            f"it with --resume, or remove {checkpoint} or name another --out to start over")
+    # samples to train on, in the order of --seed, and pairs to look at
+    walk = geometry.Walk(args.data, args.samples, args.seed)
+    args.steps = args.steps or max(1, len(walk.drawn) // args.batch)
+    args.save_every = args.save_every or max(1, args.steps // 4)
+    now, state = begin(args, walk, source)
     start = state["step"] if state else 0
+    say(f"data    {args.data}: {len(walk.drawn):,} of {len(walk.samples):,} multi-image samples, "
+        f"{args.batch} a step over {world} process(es); {args.steps - start:,} steps")
 
-    precision = {"auto": "bf16" if device.type == "cuda" else "fp32"}.get(
-        args.precision, args.precision)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    model = find_model(args.model)
-    encoder = speed_up(load_encoder(model, device))
-    optimizer = Adam(encoder, dtype, args.lr, args.clip)
+    # the model; its image encoder in the working dtype, with fp32 masters
+    vision = [numbers for name, (numbers, _) in read_headers(source).items()
+              if name.startswith("visual.")]
+    say(f"model   {args.model}: the image encoder trains, {sum(vision):,} parameters, {dtype} on "
+        f"{device}; torch {torch.__version__}")
+    say(memory_line(sum(vision), vision, 12 * args.max_pixels // 784, dtype, device))
+    model, _ = load_model(source)
+    encoder = model.model.visual
     if not args.no_recompute:
         for block in encoder.blocks:
             recompute_in_backward(block)
-    size = optimizer.master.numel()
-    say(f"model   {args.model}: image encoder in {precision} on {device}, fp32 master weights; "
-        f"torch {torch.__version__}, transformers {transformers.__version__}")
+    optimizer = Optimizer(encoder, args, dtype, device)
+
+    ready = partial(prepare, args=args, processor=Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 56 * 56, "longest_edge": args.max_pixels}))
+    if rank == 0:  # the encoder as it starts, also when resuming: for `drift` and "before"
+        open_log(out / "log.jsonl", args, start)
+        heldout = list(walk.prepared(ready, heldout_pairs(walk, args.heldout), args.workers))
+        line, odd = geometry.describe_pairs([(*views, pairs[0][2].numpy())
+                                             for views, _, _, pairs in heldout])
+        say(f"views   {line}" + (f"\nwarning: {odd}" if odd else ""))
+        record, features, before = evaluate(encoder, heldout, args)
+        say(f"start   match accuracy {record['match_accuracy']:.1%} of held-out patches "
+            f"(chance {record['chance']:.1%})")
+        if not state:
+            write_line(out / "log.jsonl", {"step": 0, **record})
+    if state:
+        optimizer.load(out, state)
+
+    stops, begun = [], time.monotonic()
+    for number in (signal.SIGINT, signal.SIGTERM):  # the step is finished, then all is saved
+        signal.signal(number, lambda number, _: stops.append(number))
+    batches = walk.batches(ready, start, args.steps, args.batch, rank, world, args.workers)
+    for step, batch in enumerate(batches, start + 1):
+        samples, tick = [its for _, its in batch if its], time.monotonic()
+        # |P| counts the pairs of all processes, so that their gradients add up
+        count, loss, excess = sum(gather([len(pairs) for *_, pairs in samples])), 0.0, 0.0
+        for _, pixels, grids, pairs in samples:
+            e = encode(encoder, pixels, grids, args.grid)
+            L_CL, above = alignment_loss(e, [(x, y, S.to(device)) for x, y, S in pairs], count, args)
+            optimizer.backward(L_CL)
+            loss, excess = loss + L_CL.item(), excess + above.item()
+        loss, excess = sum(gather([loss])), sum(gather([excess]))
+        grad_norm = optimizer.reduce()
+        update_norm = optimizer.step(grad_norm if count else math.nan)
+
+        record = {"step": step, "loss": loss, "excess": excess, "grad_norm": grad_norm,
+                  "update_norm": update_norm, "pairs_per_s": count / (time.monotonic() - tick)}
+        if update_norm is None:
+            record = left_out(step, count, grad_norm, batch, optimizer, say)
+        stop = gather(stops)
+        if rank == 0:
+            if stop or step == args.steps or step % args.save_every == 0:
+                save_checkpoint(out, now | {"step": step}, optimizer)  # first what would be lost
+                progress, _, after = evaluate(encoder, heldout, args, features)
+                draw_matches(out / "matches.png", heldout, before, after, args.grid)
+                record |= progress
+                say(f"step {step}  match accuracy {record['match_accuracy']:.1%} of held-out "
+                    f"patches, excess {record['heldout_excess']:.3f}, drift {record['drift']:.2f}")
+            write_line(out / "log.jsonl", record)
+            print_step(record, args.steps, (time.monotonic() - begun) / (step - start) * (
+                args.steps - step), ("loss", "excess", "grad_norm", "update_norm", "pairs_per_s"))
+        if stop:
+            gather([])  # torchrun ends all when one has ended: after the first has saved
+            say(f"stopped after step {step}; go on with --resume --out {out}")
+            sys.exit(128 + stop[0])
+
     if rank == 0:
-        print_trainable(encoder, ("patch_embed", "blocks", "merger"))
-    say(f"memory  {size * (16 if optimizer.shared else 16 + dtype.itemsize) / 2**30:.2f} GiB "
-        "of weights, gradients and moments, and the activations of "
-        f"{'one block' if not args.no_recompute else 'all blocks'} at a time\n"
-        f"batch   {args.batch} samples a step over {world} process(es), all their pairs; "
-        f"{args.steps - start:,} steps")
-
-    with ThreadPoolExecutor(args.workers) as pool:
-        if rank == 0:  # the encoder as it starts, also when resuming: for `drift` and "before"
-            record, features, before = evaluate(encoder, held_out, frames, pool, args, device)
-            say(f"start   match accuracy {record['match_accuracy']:.1%} of held-out patches "
-                f"(chance {record['chance']:.1%})")
-            log = Log(out / "log.jsonl", args, start if state else None)
-            if not state:
-                log.write({"step": 0, **record})
-        if state:
-            optimizer.load(load_file(checkpoint), state["optimizer"])
-
-        trouble, interrupt, clock_start = 0, Interrupt(), time.monotonic()
-        tick = clock_start
-        prepare = partial(pairs_at, samples, frames)
-        batches = prepared_ahead(pool, prepare, order, args, start, rank, world)
-        for step, batch in enumerate(batches, start + 1):
-            ready, pairs = [], []
-            for _, its_frames, its_pairs in batch:
-                pairs += [(x + len(ready), y + len(ready), S.to(device)) for x, y, S in its_pairs]
-                ready += its_frames
-            # |P| counts the pairs of all processes, so that their gradients add up to those of one
-            # process with all
-            count, stop = all_sum([len(pairs), interrupt.number], device)
-            loss = excess = 0.0
-            if pairs:
-                e = encode(encoder, ready, args.grid, device)
-                loss, excess = alignment_loss(e, pairs, count, args)
-                optimizer.backward(loss)
-                loss, excess = loss.item(), excess.item()
-            grad_norm = optimizer.reduce()
-            loss, excess = all_sum([loss, excess], device)
-
-            record = {"step": step, "loss": loss, "excess": excess, "grad_norm": grad_norm,
-                      "update_norm": 0.0}
-            if count and math.isfinite(loss + grad_norm):
-                record["update_norm"], trouble = optimizer.step(grad_norm), 0
-            else:
-                names = ", ".join(gather([name for name, *_ in batch]))
-                why = (f"loss {loss}, gradient norm {grad_norm}" if count
-                       else "no readable pair of views")
-                say(f"step {step} left out: {why} ({names})")
-                record = {"step": step, "skipped": f"{why} ({names})"}
-                if count and not optimizer.skip():
-                    trouble += 1
-                if trouble == 5:
-                    raise geometry.DataError(
-                        f"five steps in a row were not finite, the last being step {step}: lower "
-                        "--lr, or look at the samples named above. What was saved before is in "
-                        f"{out}")
-            now = time.monotonic()
-            record["pairs_per_s"], left = (
-                count / (now - tick), (now - clock_start) / (step - start) * (args.steps - step))
-
-            look = step == args.steps or step % args.eval_every == 0
-            if rank == 0:
-                if look or stop:  # first what cannot be had again
-                    save_checkpoint(checkpoint, optimizer, step, args)
-                if look and not stop:
-                    progress, _, after = evaluate(
-                        encoder, held_out, frames, pool, args, device, features)
-                    draw_matches(out / "matches.png", before, after, args.grid)
-                    record.update(progress)
-                log.write(record)
-                print_step(record, args.steps, left)
-            if stop:
-                gather([])  # torchrun ends all when one has ended: after the first has saved
-                say(f"stopped after step {step}, saved in {out}; "
-                    "the same command with --resume goes on from here")
-                sys.exit(128 + (interrupt.number or signal.SIGTERM))
-            tick = time.monotonic()
-
-    skipped = set(gather(sorted(frames.skipped)))
-    if rank == 0:
-        names = [name for name, _ in encoder.named_parameters()]
-        save_model(model, out, dict(zip(names, optimizer.weights)))
-        if skipped:
-            say(f"skipped {len(skipped)} frames or records that cannot be read, named above")
-        say(f"wrote   {out}: the model with its aligned encoder, log.jsonl, matches.png")
+        save_model(model, source, out, optimizer)
+        say(f"wrote   {out}: the model with its aligned encoder, log.jsonl, matches.png; "
+            f"{len(walk.skipped)} samples could not be used")
     if world > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a console may not have every letter
     try:
         main()
-    except geometry.DataError as error:
-        sys.exit(f"pasta.py: {error}")
-    except OSError as error:  # a full disk, a file where a folder should be, no permission
-        sys.exit(f"pasta.py: {error}; what was saved before is untouched")
-    except KeyboardInterrupt:
-        sys.exit("pasta.py: interrupted before training began; nothing to save")
+    except (geometry.DataError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
+        sys.exit(f"pasta.py: {str(error).strip().splitlines()[0]}")
