@@ -414,6 +414,7 @@ class Recompute(torch.autograd.Function):
     def forward(ctx, run, *inputs):
         ctx.run = run
         ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)  # outputs that nobody used cost nothing
         return run(*inputs)  # autograd is off in here: nothing inside is kept
 
     @staticmethod
@@ -422,7 +423,8 @@ class Recompute(torch.autograd.Function):
                   for its, needs in zip(ctx.saved_tensors, ctx.needs_input_grad[1:])]
         with torch.enable_grad():
             outputs = ctx.run(*inputs)
-        torch.autograd.backward(outputs, grads)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.autograd.backward(*zip(*(its for its in zip(outputs, grads) if its[1] is not None)))
         return None, *(its.grad for its in inputs)
 
 
