@@ -111,20 +111,19 @@ def parse_args(argv=None):
                    help="keep activations instead of recomputing them: faster, more memory")
     p.add_argument("--workers", type=int, default=min(8, os.cpu_count()),
                    help="threads that prepare samples ahead")
-    args = p.parse_args(argv)
 
-    args.demo, actions = args.data is None, args.target == "actions"
+    first = p.parse_args(argv)
+    actions = first.target == "actions"
     values = {"model": "out/sft" if actions else "out/pasta",
-              "out": "out/sft" if args.target == "answer" else "out/cold_start"}
-    if args.demo:  # the only place where demo and real run differ
-        args.data, args.betas, args.no_recompute = str(DEMO / "data"), (0.9, 0.98), True
-        values |= {"samples": 20_000, "max_pixels": 112 * 112, "freeze": "vision", "batch": 16,
-                   "lr": 4e-4, "warmup": 50, "steps": 640 if actions else 400}
+              "out": "out/sft" if first.target == "answer" else "out/cold_start"}
+    if first.data is None:  # the only place where demo and real run differ
+        values |= {"data": str(DEMO / "data"), "samples": 20_000, "max_pixels": 112 * 112,
+                   "freeze": "vision", "batch": 16, "lr": 4e-4, "warmup": 50, "betas": [0.9, 0.98],
+                   "steps": 640 if actions else 400, "no_recompute": True}
     else:
-        args.betas = (0.9, 0.999)
         values |= {"samples": 1_000 if actions else 10_000, "max_pixels": 448 * 448,
-                   "freeze": "nothing", "batch": 1, "lr": 1e-5, "warmup": 0}
-    return settle(p, argv, args, values)
+                   "freeze": "nothing", "batch": 1, "lr": 1e-5, "warmup": 0, "betas": [0.9, 0.999]}
+    return settle(p, argv, values)
 
 
 # ------------------------------------------------------------------------------------ the method
@@ -142,7 +141,7 @@ def encode_prompt(tokenizer, processor, pictures, text, name):
         system, line, user, text, assistant = (tokenizer(part)["input_ids"] for part in (
             "system\nYou are a helpful assistant.", "\n", "user\n", text, "assistant\n"))
     except (ValueError, TypeError) as error:
-        raise geometry.DataError(f"{name}: its images or text cannot be encoded ({error})") from None
+        raise geometry.DataError(f"{name}: images or text cannot be encoded ({error})") from None
     start, end, see, seen, patch = tokenizer.convert_tokens_to_ids([
         "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"])
     ids = [start, *system, end, *line, start, *user]
@@ -284,9 +283,7 @@ def heldout_line(record):
 
 class Recompute(torch.autograd.Function):
     """Activation checkpointing: keep what goes into a function, run it again in the backward pass.
-
-    Gradients of what the function uses beside its inputs, a block's weights, add up there.
-    """
+    Gradients of what the function uses beside its inputs, a block's weights, add up there."""
 
     @staticmethod
     def forward(ctx, run, *inputs):
@@ -379,10 +376,11 @@ class Optimizer:
             self.scale *= 0.5 if not finite else 2 if self.good % 1000 == 0 else 1
         return float(change) ** 0.5 if finite else None
 
-    def state(self, kind):
-        """{name: fp32 tensor} of "master" or of a moment, "exp_avg" or "exp_avg_sq"."""
-        return {name: {"master": master.detach(), **adam.state[master]}.get(
-            kind, torch.zeros_like(master)).cpu() for name, (_, master, adam) in self.tensors.items()}
+    def save(self, kind, path):
+        """Write the fp32 tensors of "master" or of a moment, "exp_avg" or "exp_avg_sq"."""
+        save_file({name: (master.detach() if kind == "master" else adam.state[master].get(
+            kind, torch.zeros_like(master))).cpu()
+            for name, (_, master, adam) in self.tensors.items()}, path)
 
     def load(self, out, state):
         """Continue from a checkpoint's state and the files in `out` that it names."""
@@ -404,7 +402,7 @@ def save_checkpoint(out, state, optimizer):
              for kind in ("master", "exp_avg", "exp_avg_sq")}
     state |= {"files": files, "t": optimizer.t, "good": optimizer.good, "scale": optimizer.scale}
     for kind, file in files.items():
-        save_file(optimizer.state(kind), out / file)
+        optimizer.save(kind, out / file)
     (out / "checkpoint.tmp").write_text(json.dumps(state))
     os.sync()
     os.replace(out / "checkpoint.tmp", out / "checkpoint.json")
@@ -416,33 +414,28 @@ def save_checkpoint(out, state, optimizer):
 def read_checkpoint(out):
     """What checkpoint.json of a run says, or None if there is none."""
     path = Path(out) / "checkpoint.json"
-    try:
-        return json.loads(path.read_text()) if path.exists() else None
-    except ValueError as error:
-        raise geometry.DataError(f"{path}: cannot be read ({error})") from None
+    return json.loads(path.read_text()) if path.exists() else None
 
 
-def settle(p, argv, args, values):
-    """Arguments with `values` where none was given; with --resume those of the checkpoint, beside
-    which only what lengthens the run, or changes no number, may stand."""
-    for name, value in values.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+def settle(p, argv, values):
+    """Arguments: those given, `values` for the others; with --resume the checkpoint's for the
+    others, and only what lengthens the run, or changes no number, may be given otherwise."""
+    p.set_defaults(**values)
+    args = p.parse_args(argv)
     for name, value in vars(args).items():
         if type(value) in (int, float) and not value >= (name not in MAY_BE_0) * 1e-30:
             p.error(f"--{name.replace('_', '-')} is out of range: {value}")
-    if not args.resume:
-        return args
-    given = {str(word).partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
-    kept = {name: its for name, its in vars(args).items() if f"--{name.replace('_', '-')}" in given}
-    others = kept.keys() - {"resume", "out", "steps", "data", "model", "offload", "no_recompute",
-                            "workers"}
-    state = read_checkpoint(args.out)
-    if others or not state:
-        p.error(f"--resume takes its arguments from {args.out}/checkpoint.json; " + (
-            f"--{', --'.join(sorted(others))} cannot stand beside it" if state else
-            "there is none: name the run with --out"))
-    return argparse.Namespace(**state["args"] | kept)
+    if args.resume:
+        if not (state := read_checkpoint(args.out)):
+            p.error(f"--resume: {args.out}/checkpoint.json is not there; name the run with --out")
+        p.set_defaults(**state["args"] | {"resume": True})
+        args = p.parse_args(argv)
+        may = {"resume", "out", "steps", "data", "model", "offload", "no_recompute", "workers"}
+        for name, value in state["args"].items():
+            if getattr(args, name) != value and name not in may:
+                p.error(f"--resume: --{name.replace('_', '-')} was {value} when the run began, and "
+                        "must stay that")
+    return args
 
 
 def begin(args, walk, source):
@@ -453,13 +446,14 @@ def begin(args, walk, source):
            "model": geometry.fingerprint(weight_files(source))}
     if out.resolve() == source.resolve():
         raise geometry.DataError(f"--out {out} is the start model's: name another --out")
-    if args.resume and (other := [name for name in ("data", "model") if state[name] != now[name]]):
-        raise geometry.DataError(f"{out} was begun with another --{other[0]} than "
-                                 f"{getattr(args, other[0])}: name that, or start over elsewhere")
+    for name in ("data", "model") if args.resume else ():
+        if state[name] != now[name]:
+            raise geometry.DataError(f"--{name} {getattr(args, name)}: not what the run in {out} "
+                                     "was begun with; name that, or start over elsewhere")
     if not args.resume and state and state["step"] < state["args"]["steps"]:
         raise geometry.DataError(
-            f"{out} holds a run stopped at step {state['step']} of {state['args']['steps']}: "
-            f"continue it with --resume --out {out}, or remove {out}/checkpoint.json to start over")
+            f"{out} holds a run stopped at step {state['step']} of {state['args']['steps']}: go on "
+            f"with --resume --out {out}, or remove {out}/checkpoint.json to start over")
     out.mkdir(parents=True, exist_ok=True)
     if not args.resume:
         (out / "checkpoint.json").unlink(missing_ok=True)  # of a run that has ended
@@ -467,8 +461,10 @@ def begin(args, walk, source):
 
 
 def find_model(name):
-    """Directory of a 16- or 32-bit model and its tokenizer: `name` itself, or the hub's copy."""
-    path = Path(name)
+    """A complete 16- or 32-bit model: its directory, `name` or the hub's copy, and {plain name:
+    (numbers, dtype as the file calls it)} of its tensors, from the files' headers."""
+    path = file = Path(name)
+    headers = {}
     if name in MADE_BY and not (path / "config.json").exists():
         raise geometry.DataError(f"{name}: not there yet; run `{MADE_BY[name]}` first")
     try:
@@ -476,15 +472,20 @@ def find_model(name):
             path = Path(snapshot_download(name, allow_patterns=[
                 "*.json", "*.txt", "*.jinja", "*.safetensors"]))
         config = json.loads((path / "config.json").read_text())
-    except Exception as error:  # the hub raises dozens of kinds: offline, gated, misspelt, ...
-        raise geometry.DataError(f"{name}: no model directory, and none on the hub either "
+        for file in weight_files(path):
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():
+                    its = tensors.get_slice(key)
+                    headers[plain(key)] = math.prod(its.get_shape()), its.get_dtype()
+    except (OSError, ValueError, SafetensorError) as error:  # the hub's errors are among these
+        raise geometry.DataError(f"{file}: no complete model directory, and none on the hub "
                                  f"({str(error).strip().splitlines()[0]})") from None
     if "quantization_config" in config:
         raise geometry.DataError(f"{path}: its weights are quantised; take the 16-bit model")
     if not (path / "tokenizer.json").exists() and not (path / "vocab.json").exists():
         raise geometry.DataError(f"{path}: has no tokenizer.json; copy the tokenizer's files from "
                                  "the model that it was made of")
-    return path
+    return path, headers
 
 
 def weight_files(path):
@@ -500,26 +501,11 @@ def plain(key):
     return re.sub(r"^(model\.)?(language_model\.)?", "", key)
 
 
-def read_headers(path):
-    """{plain name: (numbers, dtype as the file calls it)} of all tensors of a model directory."""
-    headers = {}
-    for file in weight_files(path):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():
-                    its = tensors.get_slice(key)
-                    headers[plain(key)] = math.prod(its.get_shape()), its.get_dtype()
-        except (OSError, SafetensorError) as error:
-            raise geometry.DataError(f"{file}: cannot be read ({error}); download it again, or "
-                                     "write it anew") from None
-    return headers
-
-
-def load_model(path):
+def load_model(path, headers):
     """Model and tokenizer of a directory, on the CPU, in the widest dtype that its files state."""
     transformers.utils.logging.disable_progress_bar()
-    kinds = {kind for _, kind in read_headers(path).values()}  # config.json may say another
-    dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get("".join(kinds), torch.float32)
+    kinds = "".join({kind for _, kind in headers.values()})  # config.json may say another
+    dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(kinds, torch.float32)
     try:
         model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             path, dtype=dtype, output_loading_info=True)
@@ -556,9 +542,9 @@ def save_model(model, source, out, optimizer):
     incoming.mkdir()
     for file in source.iterdir():
         if file in weight_files(source):
-            tensors = {key: trained.get(plain(key), its).to("cpu", its.dtype)
-                       for key, its in load_file(file).items()}
-            save_file(tensors, incoming / file.name, {"format": "pt"})
+            save_file({key: trained.get(plain(key), its).to("cpu", its.dtype)
+                       for key, its in load_file(file).items()}, incoming / file.name,
+                      {"format": "pt"})
         elif file.suffix in (".json", ".txt", ".jinja") and file.name != "checkpoint.json":
             shutil.copyfile(file, incoming / file.name)
     for file in (*out.glob("model*.safetensors*"), *incoming.iterdir()):
@@ -581,8 +567,8 @@ def start_processes(precision):
     if world > 1:  # both backends, since --offload keeps gradients in host memory
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                 timeout=timedelta(hours=2))  # others wait while the first saves
-    return rank, world, device, {"fp32": torch.float32, "bf16": torch.bfloat16,
-                                 "fp16": torch.float16}[best if precision == "auto" else precision]
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return rank, world, device, dtypes[best if precision == "auto" else precision]
 
 
 def gather(items):
@@ -597,9 +583,8 @@ def gather(items):
 def memory_line(weights, trained, tokens, dtype, device, offload=False):
     """What a run takes, said before any of it is taken, and what to do if less is there.
 
-    weights: how many are computed with; trained: how many each trained tensor has. Those have an
-    fp32 master, gradient and two moments; the largest one's update, the activations of `tokens`
-    tokens and the libraries come on top.
+    weights: how many compute; trained: how many each trained tensor has, with fp32 master, gradient
+    and two moments. The largest one's update, `tokens` activations and the libraries come on top.
     """
     state = sum(trained) * (12 if dtype == torch.float32 and not offload else 16)
     work = dtype.itemsize * (weights + 2 * max(trained)) + tokens * 2**18 + 0.3 * 2**30
@@ -608,9 +593,11 @@ def memory_line(weights, trained, tokens, dtype, device, offload=False):
     if device.type == "cuda":
         need = {"GPU": work + state * (not offload), "host": state * offload + 2**29}
         free["GPU"] = torch.cuda.mem_get_info(device)[0]
-    advice = ", too little: --freeze, --offload (on a GPU) or fewer --max-pixels take less"
-    return "memory  " + "; ".join(f"{where} {its / 2**30:.1f} GiB, {free[where] / 2**30:.1f} free" + (
-        advice if its > free[where] else "") for where, its in need.items())
+    line = "; ".join(f"{where} {need[where] / 2**30:.1f} GiB, {free[where] / 2**30:.1f} free"
+                     for where in need)
+    return f"memory  {line}" + (
+        ": too little; --freeze, --offload (on a GPU) or fewer --max-pixels take less"
+        if any(need[where] > free[where] for where in need) else "")
 
 
 def open_log(path, args, step):
@@ -628,9 +615,9 @@ def write_line(path, record):
 
 
 def print_step(record, steps, left, fields):
-    """One line a step, in place on a terminal, else about 30 in all; evaluations stay."""
+    """One line a step, in place on a terminal, else about 30 in all."""
     line = f"step {record['step']}/{steps}  " + "  ".join(
-        f"{name} {record[name]:.4g}" for name in fields if record.get(name) is not None)
+        f"{name} {record[name]:.4g}" for name in fields if name in record)
     line += f"  left {timedelta(seconds=int(left))}"
     live, keep = sys.stdout.isatty(), record["step"] in (1, steps)
     if live or keep or record["step"] % max(1, steps // 30) == 0:
@@ -653,7 +640,7 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world, device, dtype = start_processes(args.precision)
     say = partial(print, flush=True) if rank == 0 else lambda *_, **__: None
-    out, source = Path(args.out), find_model(args.model)
+    out, (source, headers) = Path(args.out), find_model(args.model)
 
     # samples to train on, in the order of --seed, and others to look at
     walk = geometry.Walk(args.data, args.samples, args.seed)
@@ -663,15 +650,14 @@ def main(argv=None):
     start = state["step"] if state else 0
     say(f"data    {args.data}: {len(walk.drawn):,} of {len(walk.samples):,} multi-image samples, "
         f"{args.batch} a step over {world} process(es); {args.steps - start:,} steps")
-    say(f"model   {args.model}: {dtype} on {device}, {args.freeze} frozen; torch {torch.__version__}")
-    sizes = {name: numbers for name, (numbers, _) in read_headers(source).items()}
-    trained = [numbers for name, numbers in sizes.items() if args.freeze != (
+    say(f"model   {args.model}: {dtype} on {device}, {args.freeze} frozen")
+    trained = [numbers for name, (numbers, _) in headers.items() if args.freeze != (
         "vision" if name.startswith("visual.") else "language")]
-    say(memory_line(sum(sizes.values()), trained, 3 * args.max_pixels // 784 + 512, dtype, device,
-                    args.offload))
+    say(memory_line(sum(its for its, _ in headers.values()), trained,
+                    3 * args.max_pixels // 784 + 512, dtype, device, args.offload))
 
     # the model in its working dtype, with fp32 masters of what trains
-    model, tokenizer = load_model(source)
+    model, tokenizer = load_model(source, headers)
     for frozen in {"vision": [model.model.visual], "language": [
             model.model.language_model, model.lm_head]}.get(args.freeze, []):
         frozen.requires_grad_(False)
