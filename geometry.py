@@ -271,12 +271,12 @@ MULTI_VIEW_TASKS = (  # two or three still images of one scene: what HATCH train
 
 MARKER_RGB = {"red": (255, 0, 0), "blue": (0, 0, 255), "green": (0, 255, 0),
               "yellow": (255, 255, 0)}
-MARKER_ORDER = {  # which colour each entry of point_img_idx / bbox_img_idx speaks of
+MARKER_ORDER = {  # which colour each entry of point_img_idx / bbox_img_idx speaks of; no others
+    **dict.fromkeys(("camera_motion_infer", "view_change_infer", "distance_infer_center_oc",
+                     "distance_infer_center_oc_mv"), ()),
     "distance_infer_center_oo_mv": ("red", "green", "blue"),
     "spatial_imagination_oc_mv": ("green", "blue", "red"),
     "spatial_imagination_oo_mv": ("green", "blue", "red", "yellow")}
-UNMARKED = ("camera_motion_infer", "view_change_infer", "distance_infer_center_oc",
-            "distance_infer_center_oc_mv")
 
 
 @dataclass
@@ -345,25 +345,22 @@ class Sample:
         """
         pictures = [open_image(path) for path in self.images]
         try:
-            for shape in ("bbox", "point") if self.task not in UNMARKED else ():
-                self._draw_markers(pictures, shape)
+            for shape in ("bbox", "point"):
+                order = MARKER_ORDER.get(self.task, tuple(MARKER_RGB))
+                present = [colour for colour in order if self.markers.get(f"{colour}_{shape}")]
+                index = (self.markers.get(f"{shape}_img_idx") or [[0]])[0] or [0]
+                if self.task == "obj_spatial_relation_oc_mv":
+                    index = index[:1]  # all of its boxes are on one image
+                for k, colour in enumerate(present):  # a short index: the rest on its last image
+                    which = index[min(k, len(index) - 1)]
+                    if which < 0:
+                        raise ValueError(f"{colour} {shape} is on image {which}")
+                    for mark in self.markers[f"{colour}_{shape}"]:
+                        _draw_marker(pictures[which], mark, MARKER_RGB[colour])
         except (TypeError, ValueError, IndexError) as error:
             raise DataError(
                 f"{self.id}: its point or box fields cannot be read ({error})") from None
         return pictures
-
-    def _draw_markers(self, pictures, shape):
-        order = MARKER_ORDER.get(self.task, tuple(MARKER_RGB))
-        present = [colour for colour in order if self.markers.get(f"{colour}_{shape}")]
-        index = (self.markers.get(f"{shape}_img_idx") or [[0]])[0] or [0]
-        if self.task == "obj_spatial_relation_oc_mv":
-            index = index[:1]  # all of its boxes are on one image
-        for k, colour in enumerate(present):  # a short index: all the rest on its last image
-            which = index[min(k, len(index) - 1)]
-            if not 0 <= which < len(pictures):
-                raise ValueError(f"{colour} {shape} is on image {which} of {len(pictures)}")
-            for mark in self.markers[f"{colour}_{shape}"]:
-                _draw_marker(pictures[which], mark, MARKER_RGB[colour])
 
 
 class Samples(Sequence):
@@ -530,22 +527,17 @@ def _fit_intrinsics(K, size, image_size, path):
     shape, which K itself tells, 2 c + 1. Raises DataError if none of these can be.
     """
     size, image_size, centre = np.array(size), np.array(image_size), 2 * K[:2, 2] + 1
-    shape = centre[0] / centre[1] * size[1] / size[0] if centre[1] > 0 else 0.0
-    if (size == image_size).all() and np.all(np.abs(centre / size - 1) < 0.8):
-        own = size
-    elif np.all(np.abs(centre / size - 1) < 0.2):
-        own = size
-    elif np.all(np.abs(centre / image_size - 1) < 0.2):
-        own = image_size
-    elif np.all(centre > np.maximum(size, image_size)) and abs(shape - 1) < 0.2:
-        own = centre
-    else:
-        own = None
-    if own is None or min(K[0, 0], K[1, 1]) <= 0 or tuple(K[2, :3]) != (0, 0, 1):
+    near = 0.8 if (size == image_size).all() else 0.2
+    grids = [grid for grid, share in ((size, near), (image_size, 0.2))
+             if np.all(np.abs(centre / grid - 1) < share)]
+    if not grids and np.all(centre > np.maximum(size, image_size)) and (
+            abs(centre[0] / centre[1] * size[1] / size[0] - 1) < 0.2):
+        grids = [centre]
+    if not grids or min(K[0, 0], K[1, 1]) <= 0 or tuple(K[2, :3]) != (0, 0, 1):
         raise DataError(f"{path}: fx {K[0, 0]:g}, fy {K[1, 1]:g}, cx {K[0, 2]:g}, cy {K[1, 2]:g}, "
                         f"last row {K[2, :3]}: not intrinsics of a depth map of {size[0]}x{size[1]}"
                         f" or a picture of {image_size[0]}x{image_size[1]} pixels")
-    scale, K = size / own, K[:3, :3].copy()
+    scale, K = size / grids[0], K[:3, :3].copy()
     K[:2, 2] = (K[:2, 2] + 0.5) * scale - 0.5
     K[[0, 1], [0, 1]] *= scale
     return K
