@@ -321,13 +321,14 @@ def match_panel(title, views, matched, n, height=260, head=24):
 
 
 def make_demo_model(path, data, seed):
-    """Write a tiny Qwen2.5-VL and a tokenizer trained on the texts of `data` to `path`, once.
+    """Write a tiny Qwen2.5-VL and a tokenizer trained on the texts of `data` to `path`, once a seed.
 
     The real classes in a small configuration, all special tokens named as Qwen's. Its weights are
     random, but for what a pretrained model has learnt from a trillion words and no tiny one can in
     minutes (put_heads_in).
     """
-    if (path / "config.json").exists():
+    stamp = path.with_suffix(".seed")
+    if stamp.exists() and stamp.read_text() == str(seed):
         return
     texts = [rewards.ACTION_INSTRUCTION, rewards.ANSWER_INSTRUCTION, rewards.LANGUAGE_INSTRUCTION]
     samples = geometry.load_samples(data)
@@ -362,11 +363,11 @@ def make_demo_model(path, data, seed):
     transformers.utils.logging.disable_progress_bar()
     model = Qwen2_5_VLForConditionalGeneration(config)
     put_heads_in(model)
-    making = path.with_name(path.name + ".partial")
-    shutil.rmtree(making, ignore_errors=True)
+    stamp.unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
     for part in (model, tokenizer, Qwen2VLImageProcessorPil()):
-        part.save_pretrained(making)
-    making.rename(path)
+        part.save_pretrained(path)
+    stamp.write_text(str(seed))
 
 
 @torch.no_grad()
