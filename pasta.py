@@ -330,7 +330,9 @@ def make_demo_model(path, data, seed):
     stamp = path.with_suffix(".seed")
     if stamp.exists() and stamp.read_text() == str(seed):
         return
-    texts = [rewards.ACTION_INSTRUCTION, rewards.ANSWER_INSTRUCTION, rewards.LANGUAGE_INSTRUCTION]
+    texts = 50 * [rewards.ACTION_INSTRUCTION, rewards.ANSWER_INSTRUCTION,
+                  rewards.LANGUAGE_INSTRUCTION, "system\nYou are a helpful assistant.",
+                  "user\n", "assistant\n"]  # in every prompt: few tokens
     samples = geometry.load_samples(data)
     for k in range(0, len(samples), max(1, len(samples) // 2000)):
         gold = rewards.gold_of(samples[k])
