@@ -665,519 +665,279 @@ def describe_pairs(pairs):
 EMPTY_SHARE = 0.25  # of pairs that stand apart; in SPAR's samples views see common things
 # ------------------------------------------------------- rendered rooms: the inverse of unproject
 
-SOLID_RGB = {"red": (200, 35, 35), "green": (40, 150, 55), "blue": (40, 70, 200),
-             "yellow": (235, 205, 40), "orange": (240, 130, 25), "purple": (125, 50, 160),
-             "pink": (245, 150, 190), "cyan": (50, 200, 210), "brown": (115, 70, 35),
-             "black": (30, 30, 35)}
-ROOM_VERSION = 1  # of what render_rooms writes; raise it when that changes: old rooms are redone
-
-
-@dataclass
-class Solid:
-    """A coloured solid on the floor: "box", "ball", "pillar"; centre and half extents in metres."""
-
-    shape: str
-    colour: str
-    centre: np.ndarray  # (3,)
-    half: np.ndarray  # (3,); a ball's are its radius, a pillar's first two are
-    angle: float  # about the vertical, radians
-
-    @property
-    def name(self):
-        return f"{self.colour} {self.shape}"
+ROOM_VERSION = 2  # of what render_rooms writes; raise it when that changes: old rooms are redone
+HEADINGS = 11 * np.array([-3, -2, 1, 3])  # degrees; any two differ by another of 11, 22, .. 66 (a
+# Golomb ruler), and with +-5.5 each the pans from one to another spread evenly
+ROOM_RGB = {"red": (205, 45, 40), "green": (50, 150, 65), "blue": (45, 85, 200),
+             "yellow": (240, 205, 55), "orange": (240, 135, 40), "purple": (130, 65, 170),
+             "pink": (245, 155, 190), "white": (240, 238, 230), "black": (45, 45, 50)}
+OTHER_TASKS = ("view_change_infer", "position_matching", "depth_prediction_oc_mv", "",
+               "depth_prediction_oc", "obj_spatial_relation_oo_mv", "obj_spatial_relation_oo", "")
 
 
 @dataclass
 class Room:
-    """A box-shaped room (world z up, a corner at the origin) with papered walls, and its solids."""
+    """S boxes along the axes of a z-up world; metres, a corner of the room at the origin."""
 
-    size: np.ndarray  # (3,) metres
-    paper: list  # of 6 dicts, a pattern a face: x=0, x=max, y=0, y=max, floor, ceiling
-    solids: list
+    names: list  # S: "" for walls x = 0, x = max, y = 0, y = max, floor, ceiling; "red block", ...
+    centre: np.ndarray  # (S, 3)
+    half: np.ndarray  # (S, 3) half extents
+    rgb: np.ndarray  # (S, 3, 3) 0..255: ground, pattern, what the ground fades to along the room
+    waves: np.ndarray  # (S, 2, 3) radians a metre: checks, or stripes where the second is 0
+    poses: list  # five cam2world, see place_cameras
 
 
 def make_room(rng):
-    """A random room: 3.6-6.5 m a side, 4-8 solids of different colours that do not touch."""
-    size = np.array([rng.uniform(3.6, 6.5), rng.uniform(3.6, 6.5), rng.uniform(2.4, 3.0)])
-    hue = rng.uniform()
-    paper = []
-    for face in range(6):
-        tint = hue + face * 0.25 + rng.uniform(-0.08, 0.08)  # neighbouring walls differ in colour
-        light = (0.55, 0.9) if face < 4 else ((0.3, 0.6) if face == 4 else (0.85, 0.95))
-        colours = [_tint(tint + shift, rng.uniform(0.25, 0.75) if face < 5 else 0.08,
-                         rng.uniform(*light)) for shift in (0.0, 0.1, 0.5)]
-        paper.append({"colours": np.array(colours), "pattern": int(rng.integers(4)),
-                      "angle": rng.uniform(0, np.pi), "period": rng.uniform(0.35, 0.9),
-                      "phase": rng.uniform(0, 2 * np.pi, 2),
-                      "picture": _make_picture(rng, size, face)})
-    solids, count = [], int(rng.integers(4, 9))
-    colours = list(rng.permutation(list(SOLID_RGB)))
-    for _ in range(200):
-        shape = str(rng.choice(["box", "ball", "pillar"]))
-        half = rng.uniform(0.15, 0.45, 3)
-        if shape != "box":
-            half[1] = half[0]
-            half[2] = half[0] if shape == "ball" else rng.uniform(0.3, 0.7)
-        reach = float(np.hypot(half[0], half[1])) if shape == "box" else half[0]
-        spot = rng.uniform(reach + 0.05, size[:2] - reach - 0.05)
-        if all(np.hypot(*(spot - s.centre[:2])) > reach + np.hypot(*s.half[:2]) + 0.1
-               for s in solids):
-            solids.append(Solid(shape, str(colours.pop()), np.array([*spot, half[2]]), half,
-                                rng.uniform(0, np.pi / 2)))
-        if len(solids) == count:
-            break
-    return Room(size, paper, solids)
+    """A random room of 4-7 m: two pictures on each wall, up to nine blocks, some hanging."""
+    size = rng.uniform((4, 4, 2.5), (7, 7, 3.1))
+    poses, colours = place_cameras(size, rng), rng.permutation(list(ROOM_RGB)).tolist()
+    boxes = []  # (name, centre, half, rgb)
+    for face in range(6):  # bright walls, dark floor, light ceiling; their inner sides are seen
+        centre, half = size / 2, 2 * size
+        centre[face // 2], half[face // 2] = (-0.5, size[face // 2] + 0.5)[face % 2], 0.5
+        shade = ((130, 245), (70, 120), (205, 235))[max(0, face - 3)]
+        boxes.append(("", centre, half, rng.uniform(*shade, (3, 3))))
+    for k, colour in enumerate(colours[:8]):
+        across, centre, half = k // 4, np.full(3, rng.uniform(1.2, 1.9)), rng.uniform(0.25, 0.5, 3)
+        centre[across], half[across] = size[across] * (k // 2 % 2), 0.03
+        centre[1 - across] = size[1 - across] * (k % 2 + rng.uniform(0.3, 0.7)) / 2
+        boxes.append((f"{colour} picture", centre, half, np.outer((1, 0.7, 1), ROOM_RGB[colour])))
+    taken = [(pose[:2, 3], 1.0) for pose in poses[:2]]  # where, and how far around it
+    for _ in range(40):
+        half = rng.uniform((0.15, 0.15, 0.2), (0.45, 0.45, 0.8))
+        reach, height = math.hypot(*half[:2]), (half[2], size[2] - half[2])[rng.uniform() < 0.25]
+        spot = rng.uniform(reach, size[:2] - reach)
+        if colours and all(math.dist(spot, at) > reach + far for at, far in taken):
+            taken.append((spot, reach))
+            colour = colours.pop()
+            boxes.append((f"{colour} block", np.array([*spot, height]), half,
+                          np.outer((1, 0.7, 1), ROOM_RGB[colour])))
+    waves = rng.normal(0, 6, (len(boxes), 2, 3))
+    waves[::2, 1] = 0
+    names, *arrays = zip(*boxes)
+    return Room(names, *map(np.array, arrays), waves, poses)
 
 
-def _make_picture(rng, size, face):
-    """A framed picture on a wall: centre, half size (metres along the wall and up), two colours."""
-    along = size[1] if face < 2 else size[0]
-    half = np.array([rng.uniform(0.25, 0.6), rng.uniform(0.2, 0.45)])
-    centre = np.array([rng.uniform(half[0] + 0.1, along - half[0] - 0.1), rng.uniform(1.1, 1.7)])
-    return {"centre": centre, "half": half if face < 4 else np.zeros(2),
-            "colours": np.array([_tint(rng.uniform(), 0.8, 0.85), _tint(rng.uniform(), 0.7, 0.5)])}
+def place_cameras(size, rng):
+    """Five cam2world: a level gaze; then four that stand a step ahead of it and turn in place.
 
-
-def _tint(hue, saturation, value):
-    """HSV, each 0..1 (hue cyclic), to RGB 0..255."""
-    k = (np.array([5.0, 3.0, 1.0]) + hue % 1.0 * 6) % 6
-    return 255 * value * (1 - saturation * np.clip(np.minimum(k, 4 - k), 0, 1))
+    The step is 0.4 to 1 m along that gaze, which is also the heading of one of the four; these are
+    tilted by up to 18 degrees, by up to 20 between two. All stand 1 m or more from the walls.
+    """
+    while True:
+        place = np.array([*rng.uniform(1, size[:2] - 1), rng.uniform(1.3, 1.7)])
+        x, y = rng.uniform(0.25, 0.75, 2) * size[:2] - place[:2]  # towards the middle
+        pans = rng.choice([-1, 1]) * HEADINGS + rng.uniform(-5.5, 5.5, 4)
+        headings = math.atan2(y, x) + np.radians(pans)
+        tilts = np.radians(rng.uniform(-8, 8) + rng.uniform(-10, 10, 4))
+        behind = look(place, rng.choice(headings), 0)
+        behind[:3, 3] -= rng.uniform(0.4, 1) * behind[:3, 2]
+        if np.all(np.abs(behind[:2, 3] - size[:2] / 2) < size[:2] / 2 - 1):
+            return [behind, *map(look, [place] * 4, headings, tilts)]
 
 
 def look(position, heading, elevation):
     """cam2world (4, 4) of a camera without roll in a z-up world; heading from x to y, radians."""
     ch, sh, ce, se = math.cos(heading), math.sin(heading), math.cos(elevation), math.sin(elevation)
-    forward, right = np.array([ch * ce, sh * ce, se]), np.array([sh, -ch, 0.0])
+    right, down, forward = (sh, -ch, 0), (ch * se, sh * se, -ce), (ch * ce, sh * ce, se)
     pose = np.eye(4)
-    pose[:3, :3] = np.stack([right, np.cross(forward, right), forward], axis=1)
-    pose[:3, 3] = position
+    pose[:3] = np.array([right, down, forward, position]).T
     return pose
 
 
 def cast(room, K, cam2world, width, height):
-    """Ray casting. Returns depth (H, W) metres, surface (H, W) (0..5 the faces, 6.. the solids) and
-    points_world (H, W, 3).
+    """What pixels see: depth (H, W) metres, and the number (H, W) of the box.
 
-    Rays have length 1 along the optical axis, so the ray parameter of a hit is its z-depth, and
-    origin + depth * ray is what unproject(depth) gives back.
+    The rays are what unproject makes of depth 1. So they are 1 long along the optical axis, a hit's
+    ray parameter is its z-depth, and unproject(depth) is the place that was hit.
     """
-    u, v = np.arange(width), np.arange(height)
-    rays = np.stack(np.broadcast_arrays((u[None, :] - K[0, 2]) / K[0, 0],
-                                        (v[:, None] - K[1, 2]) / K[1, 1], 1.0), axis=-1)
-    rays = (rays @ cam2world[:3, :3].T).astype(np.float32)
-    origin = cam2world[:3, 3].astype(np.float32)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        reach = (np.where(rays > 0, room.size.astype(np.float32), 0) - origin) / rays
-        reach[rays == 0] = np.inf  # along that axis a level ray reaches nothing
-        axis = reach.argmin(-1)
-        depth = reach.min(-1)
-        surface = 2 * axis + (np.take_along_axis(rays, axis[..., None], -1)[..., 0] > 0)
-        for number, solid in enumerate(room.solids):
-            hit = _HIT[solid.shape](solid, origin, rays)
-            closer = hit < depth
-            depth, surface = np.where(closer, hit, depth), np.where(closer, 6 + number, surface)
-    return depth, surface, origin + depth[..., None] * rays
+    origin = cam2world[:3, 3]
+    rays = np.moveaxis(unproject(np.ones((height, width)), K, cam2world)[0] - origin, -1, 0)
+    inverse = np.float32(1 / np.where(rays == 0, 1e-9, rays)).reshape(3, -1)  # (3, pixels)
+    depth, number = np.full(height * width, np.inf, np.float32), np.zeros(height * width, np.uint8)
+    for k, (away, half) in enumerate(np.float32(np.stack([room.centre - origin, room.half], 1))):
+        a, b = ((away + side * half)[:, None] * inverse for side in (-1, 1))  # its planes' depths
+        enter, leave = np.minimum(a, b).max(0), np.maximum(a, b).min(0)
+        hit = (0 < enter) & (enter < leave) & (enter < depth)
+        depth[hit], number[hit] = enter[hit], k
+    return depth.reshape(height, width), number.reshape(height, width)
 
 
-def _hit_box(solid, origin, rays):
-    """Depth (H, W) at which rays (H, W, 3) enter an upright box, inf for a miss."""
-    c, s = np.float32(math.cos(solid.angle)), np.float32(math.sin(solid.angle))
-    turn = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]], np.float32)  # box axes as columns
-    half, local = solid.half.astype(np.float32), (origin - solid.centre.astype(np.float32)) @ turn
-    rays = rays @ turn
-    a, b = (-half - local) / rays, (half - local) / rays
-    enter, leave = np.minimum(a, b).max(-1), np.maximum(a, b).min(-1)
-    return np.where((enter < leave) & (enter > 0), enter, np.inf)
+def paint(room, number, points_world):
+    """Colours (H, W, 3) uint8 of the boxes seen at points_world (H, W, 3), lit from the middle."""
+    p = np.float32(np.moveaxis(points_world, -1, 0))  # (3, H, W)
+    centre, half, (ground, pattern, far), waves = (
+        np.take(np.float32(np.moveaxis(of_boxes, 0, -1)), number, axis=-1)
+        for of_boxes in (room.centre, room.half, room.rgb, room.waves))  # (3 or more, H, W)
+    wave, across = (waves * p).sum(1)
+    mix = 0.25 + 0.25 * np.tanh(4 * np.sin(wave) * np.cos(across))  # soft edges: no aliasing
+    normal = (p - centre) / half  # 1 or -1 on the face that the point is on
+    side = np.sort(np.abs(normal), axis=0)
+    mix[side[1] > 0.88] = 2  # dark along the edges
+    to_lamp = room.centre[:6].mean(0).astype(np.float32)[:, None, None] - p
+    light = (normal * to_lamp * (np.abs(normal) == side[2])).sum(0) / np.sqrt((to_lamp**2).sum(0))
+    ground = ground + (0.5 + 0.5 * np.sin(p.sum(0))) * (far - ground)
+    rgb = (0.6 + 0.45 * np.maximum(light, 0)) * (ground + mix * (pattern - ground))
+    return np.moveaxis(np.clip(rgb, 0, 255), 0, -1).astype(np.uint8)
 
 
-def _hit_ball(solid, origin, rays):
-    away = origin - solid.centre.astype(np.float32)
-    return _first_root((rays * rays).sum(-1), rays @ away, away @ away - solid.half[0] ** 2)
+def _in_view(room, depth, number):
+    """What shows of blocks and pictures: {k: (box [x1, y1, x2, y2], middle [x, y], its depth)}, in
+    0..1000 of the picture and metres. What fills under 0.4 % of the picture is left out."""
+    seen, (H, W) = {}, depth.shape
+    for k in np.flatnonzero(np.bincount(number.ravel()) > 0.004 * H * W):
+        if room.names[k]:
+            v, u = np.nonzero(number == k)
+            m = np.argmin((u - u.mean()) ** 2 + (v - v.mean()) ** 2)
+            marks = np.array([u.min(), v.min(), u.max() + 1, v.max() + 1, u[m] + 0.5, v[m] + 0.5])
+            marks = np.rint(marks * 1000 / ([W, H] * 3)).astype(int).tolist()
+            seen[k] = marks[:4], marks[4:], depth[v[m], u[m]]
+    return seen
 
 
-def _hit_pillar(solid, origin, rays):
-    away, r = (origin - solid.centre.astype(np.float32)), solid.half[0]
-    flat = rays[..., :2]
-    side = _first_root((flat * flat).sum(-1), flat @ away[:2], away[:2] @ away[:2] - r**2)
-    side = np.where(np.abs(away[2] + side * rays[..., 2]) <= solid.half[2], side, np.inf)
-    top = (solid.half[2] - away[2]) / rays[..., 2]
-    on_top = (top > 0) & (((away[:2] + top[..., None] * flat) ** 2).sum(-1) <= r**2)
-    return np.minimum(side, np.where(on_top, top, np.inf))
+def _questions(room, seen, rng):
+    """Yield (task, frames, question, answer, wrong options: none for a fill, markers).
+
+    seen: _in_view of each frame. camera_turn is asked of every ordered pair that turns by 10 to 70
+    degrees, or by 10 to 60 after the step; behind three of four stands one of OTHER_TASKS, about a
+    red-marked block or picture in view 0 and a blue-marked one in the last view, which is view 0
+    in a task about one view.
+    """
+    for i, j in itertools.product(range(5), range(1, 5)):
+        pose = relative_pose(room.poses[i], room.poses[j])
+        (x, y, z), gaze = pose[:3, 3].round(6), pose[:3, 2]
+        right, up = math.degrees(math.atan2(gaze[0], gaze[2])), math.degrees(math.asin(-gaze[1]))
+        if i == j or not 10 <= abs(right) <= (70 if i else 60):
+            continue
+        turn = "right" if right > 0 else "left"
+        yield ("camera_turn", (i, j), "Which way did the camera turn from view 0 to view 1, and "
+               "how many degrees?", f"{turn} {abs(right):.0f}", [], {})
+        task = str(rng.choice(OTHER_TASKS))
+        frames = (i, j) if task in MULTI_VIEW_TASKS else (i,)
+        n, first, last = len(frames) - 1, seen[i], seen[frames[-1]]
+        both = [(a, b) for a in first for b in last if a != b]
+        if not both:
+            continue
+        red, blue = both[rng.integers(len(both))]
+        (red_box, red_point, near), (blue_box, blue_point, depth) = first[red], last[blue]
+        one, other = f"The {room.names[red]}", f"the {room.names[blue]}"
+        if task == "view_change_infer":
+            yield (task, frames, "How did the camera get from view 0 to view 1? Answer in meters "
+                   "and degrees as move_<right_or_left>:x,move_<down_or_up>:x,"
+                   "move_<forward_or_backward>:x,rotate_<down_or_up>:x,rotate_<right_or_left>:x.",
+                   f"move_{'right' if x >= 0 else 'left'}:{abs(x):.1f},"
+                   f"move_{'down' if y >= 0 else 'up'}:{abs(y):.1f},"
+                   f"move_{'forward' if z >= 0 else 'backward'}:{abs(z):.1f},"
+                   f"rotate_{'up' if up >= 0 else 'down'}:{abs(up):.0f},"
+                   f"rotate_{turn}:{abs(right):.0f}", [], {})
+        elif task == "position_matching" and red in last:
+            gold, *wrong = [str(last[k][0]) for k in (red, *(k for k in last if k != red))]
+            yield (task, frames, f"{one} is in the red box of view 0. Where is it in view 1, as "
+                   "[x1, y1, x2, y2] from 0 to 1000?", gold, wrong[:3],
+                   {"red_bbox": [red_box], "bbox_img_idx": [[0]]})
+        elif task.startswith("depth"):
+            yield (task, frames, f"{one} (red point, view 0) is {near:.1f} meters deep. How deep "
+                   f"is {other} (blue point, view {n}), in meters? Give one number.",
+                   f"{depth:.1f}", [], {"red_point": [red_point], "blue_point": [blue_point],
+                                        "point_img_idx": [[0, n]]})
+        elif task.startswith("obj"):
+            x, _, z = (room.centre[red] - room.centre[blue]) @ room.poses[i][:3, :3]
+            wrong = ["left, closer", "left, farther", "right, closer", "right, farther"]
+            gold = wrong.pop(2 * int(x > 0) + int(z > 0))
+            if min(abs(x), abs(z)) > 0.15:  # else nearly undecided
+                yield (task, frames, f"{one} is in the red box of view 0, {other} in the blue box "
+                       f"of view {n}. Where is the first relative to the second, seen from view 0?",
+                       gold, wrong, {"red_bbox": [red_box], "blue_bbox": [blue_box],
+                                     "bbox_img_idx": [[0, n]]})
 
 
-def _first_root(a, b, c):
-    """Smaller root of a t^2 + 2 b t + c = 0 where it is positive, else inf."""
-    square = b * b - a * c
-    t = (-b - np.sqrt(np.maximum(square, 0))) / a
-    return np.where((square > 0) & (t > 0), t, np.inf)
-
-
-_HIT = {"box": _hit_box, "ball": _hit_ball, "pillar": _hit_pillar}
-
-
-def paint(room, surface, points_world, rng):
-    """Colours (H, W, 3) uint8 of the surfaces cast found: paper, paint, a lamp, sensor noise."""
-    rgb = np.empty(points_world.shape, np.float32)
-    for number in np.unique(surface):
-        here = surface == number
-        p = points_world[here]  # (pixels, 3)
-        if number < 6:
-            rgb[here] = _paper(room.paper[number], p[:, [k for k in range(3) if k != number // 2]])
-        else:
-            solid = room.solids[number - 6]
-            light = 0.8 + 0.25 * (_normals(solid, p) @ (0.5, 0.3, 0.8))
-            band = 0.12 * np.tanh(3 * np.sin(14 * p[:, 2]))
-            rgb[here] = np.array(SOLID_RGB[solid.colour]) * (light + band)[:, None]
-    lamp = np.array([room.size[0] / 2, room.size[1] / 2, room.size[2]])
-    fall = ((points_world - lamp) ** 2).sum(-1)
-    rgb *= (0.55 + 0.6 / (1 + 0.15 * fall))[..., None]
-    rgb += rng.normal(0, 2.0, rgb.shape)
-    return np.clip(np.rint(rgb), 0, 255).astype(np.uint8)
-
-
-def _normals(solid, points_world):
-    """Outward unit normals (pixels, 3) at points on a solid."""
-    c, s = math.cos(solid.angle), math.sin(solid.angle)
-    axes = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) if solid.shape == "box" else np.eye(3)
-    out = (points_world - solid.centre) @ axes / solid.half
-    if solid.shape == "box":
-        out = np.sign(out) * (np.abs(out) == np.abs(out).max(-1, keepdims=True))
-    elif solid.shape == "pillar":
-        on_top = out[:, 2:] > 0.999
-        out = np.where(on_top, (0, 0, 1), out * (1, 1, 0))
-    return out @ axes.T
-
-
-def _paper(paper, st):
-    """Colour (pixels, 3) of a papered face at st (pixels, 2) metres along it and up."""
-    wave = 2 * np.pi / paper["period"]
-    c, s = math.cos(paper["angle"]), math.sin(paper["angle"])
-    a = wave * (st[:, 0] * c + st[:, 1] * s) + paper["phase"][0]
-    b = wave * (st[:, 1] * c - st[:, 0] * s) + paper["phase"][1]
-    value = (np.sin(a), np.sin(a) * np.sin(b), np.sin(a + 1.5 * np.sin(b)),
-             np.sin(a) + np.sin(b) - 1)
-    mix = 0.5 + 0.5 * np.tanh(3 * value[paper["pattern"]])[:, None]  # soft edges: no aliasing
-    drift = 0.5 + 0.5 * np.sin(0.9 * st[:, :1] + paper["phase"][0])  # no two places quite alike
-    base, accent, far = paper["colours"]
-    colour = (1 - 0.45 * mix) * ((1 - drift) * base + drift * far) + 0.45 * mix * accent
-    picture = paper["picture"]
-    inner = np.abs(st - picture["centre"]) / np.maximum(picture["half"], 1e-6)  # 1 at its edge
-    framed = inner.max(-1) < 1
-    motif = np.where((inner**2).sum(-1)[:, None] < 0.4,
-                     picture["colours"][0], picture["colours"][1])
-    motif = np.where(inner.max(-1)[:, None] > 0.85, 40.0, motif)
-    return np.where(framed[:, None], motif, colour)
-
-
-def _pick_cameras(room, rng, size):
-    """K (3, 3) and three cam2world whose views share 20-80 % of each other's pixels, both ways."""
-    f = size / 2 / math.tan(math.radians(rng.uniform(62, 84)) / 2)
-    K = np.array([[f, 0, (size - 1) / 2 + rng.uniform(-4, 4)],
-                  [0, f, (size - 1) / 2 + rng.uniform(-4, 4)], [0, 0, 1]])
-    small = 32
-    K_small = K * [[small / size], [small / size], [1]]
-    for _ in range(100):
-        views = []
-        for _ in range(30):
-            position = np.array([*rng.uniform(0.4, room.size[:2] - 0.4), rng.uniform(1.2, 1.7)])
-            if any(np.hypot(*(position - s.centre)[:2]) < np.hypot(*s.half[:2]) + 0.3
-                   for s in room.solids):
-                continue
-            towards = rng.uniform(0.3, 0.7, 2) * room.size[:2] - position[:2]
-            cam2world = look(position, math.atan2(towards[1], towards[0]) + rng.normal(0, 0.25),
-                             math.radians(rng.uniform(-22, 0)))
-            depth, _, _ = cast(room, K_small, cam2world, small, small)
-            view = View(np.zeros((1, 1, 3), np.uint8), depth, K_small, cam2world)
-            shares = [directional_overlap(a, b, 1, stride=1)[0, 0]
-                      for other in views for a, b in ((view, other), (other, view))]
-            if all(0.2 <= share <= 0.8 for share in shares):
-                views.append(view)
-            if len(views) == 3:
-                return K, [view.cam2world for view in views]
-    raise DataError("no three overlapping views found in a room")  # never seen in 10,000 rooms
-
-
-def render_rooms(root, rooms=300, seed=0, size=224, held_out=0.1):
+def render_rooms(root, rooms=1000, seed=0, size=128, held_out=0.1):
     """Write `rooms` rendered rooms as a SPAR-7M-RGBD tree and a benchmark with SPAR-Bench's fields.
 
-        root/rooms/images/<room>/{image_color,image_depth,pose,intrinsic}/...  3 views a room
+        root/rooms/images/<room>/{image_color,image_depth,pose,intrinsic}/...  5 frames a room
         root/rooms/qa_jsonl/{train,val}/<task>/<kind>/<kind>_<N>.jsonl         the last 10 % are val
         root/benchmark/rooms.jsonl, root/benchmark/images/                     val, markers drawn
 
-    Deterministic by seed. Rendered once: a finished tree with the same arguments is left alone, an
-    interrupted one is redone. Returns root.
+    size: pixels of a side. Deterministic by seed; a finished tree with the same arguments is left
+    alone, an interrupted one redone. Returns root.
     """
-    root = Path(root)
-    stamp = {"rooms": rooms, "seed": seed, "size": size, "held_out": held_out,
-             "version": ROOM_VERSION}
-    done = root / "rooms.json"
-    if done.exists() and json.loads(done.read_text()) == stamp:
-        return root
-    if root.exists() and not done.exists():
-        raise DataError(f"{root}: exists, and is not a tree of rendered rooms; "
-                        "remove it or name another folder")
-    partial = root.with_name(root.name + ".partial")
-    if partial.exists():
-        print(f"{partial}: an interrupted rendering, starting over")
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-
-    lines = {}  # (split, task, kind) -> records
-    first_val = rooms - round(rooms * held_out)
-    pool = ThreadPoolExecutor(os.cpu_count())  # numpy and Pillow release the lock
-    try:
+    root, partial = Path(root), Path(f"{root}.partial")
+    stamp = json.dumps({"rooms": rooms, "seed": seed, "size": size, "held_out": held_out,
+                        "version": ROOM_VERSION})
+    if root.exists():
+        if not (root / "rooms.json").exists():
+            raise DataError(f"{root}: exists, and is not a tree of rendered rooms; "
+                            "remove it or name another folder")
+        if (root / "rooms.json").read_text() == stamp:
+            return root
+    shutil.rmtree(partial, ignore_errors=True)  # of an interrupted run
+    lines, first_val = {}, rooms - round(rooms * held_out)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy and Pillow release the lock
         jobs = pool.map(lambda number: _render_room(partial, number, seed, size), range(rooms))
         for number, records in enumerate(progress(jobs, rooms, "rendering rooms")):
-            split = "train" if number < first_val else "val"
-            for task, kind, record in records:
-                lines.setdefault((split, task, kind), []).append(json.dumps(record))
-    finally:
-        pool.shutdown(cancel_futures=True)
-    for (split, task, kind), records in lines.items():
-        folder = partial / "rooms" / "qa_jsonl" / split / task / kind
+            for kind, record in records:
+                place = ("train" if number < first_val else "val", record["type"], kind)
+                lines.setdefault(place, []).append(json.dumps(record) + "\n")
+    for place, records in lines.items():
+        folder = partial.joinpath("rooms", "qa_jsonl", *place)
         folder.mkdir(parents=True)
-        (folder / f"{kind}_{len(records)}.jsonl").write_text("\n".join(records) + "\n")
+        (folder / f"{folder.name}_{len(records)}.jsonl").write_text("".join(records))
     if first_val < rooms:
-        _write_benchmark(partial)
-    (partial / "rooms.json").write_text(json.dumps(stamp))
-    if root.exists():
-        shutil.rmtree(root)  # rooms of other arguments, as their stamp said
+        _write_benchmark(partial / "benchmark", load_samples(partial, split="val"))
+    (partial / "rooms.json").write_text(stamp)
+    shutil.rmtree(root, ignore_errors=True)  # rooms of other arguments, as their stamp said
     partial.rename(root)
     return root
 
 
-def _render_room(root, number, seed, size):
-    """Render and write one room; return its questions as (task, kind, SPAR record)."""
-    rng = np.random.default_rng([seed, number])
-    while True:
-        room = make_room(rng)
-        K, poses = _pick_cameras(room, rng, size)
-        shots = [cast(room, K, pose, size, size) for pose in poses]
-        if all(_visible(shots[k][1], room) for k in range(3)):
-            break
-    name = f"room_{number:05d}"
+def _render_room(root, serial, seed, size):
+    """Render and write one room; return its questions as [(kind, SPAR record)]."""
+    rng = np.random.default_rng([seed, serial])
+    room, name, seen, records = make_room(rng), f"room_{serial:05d}", [], []
+    f, c = size / 2 / math.tan(math.radians(40)), (size - 1) / 2  # one lens, of 80 degrees
+    K = np.array([[f, 0, c, 0], [0, f, c, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     scene = root / "rooms" / "images" / name
     for folder in ("image_color", "image_depth", "pose", "intrinsic"):
         (scene / folder).mkdir(parents=True)
-    K4 = np.eye(4)
-    K4[:3, :3] = K
     for camera in ("color", "depth"):
-        np.savetxt(scene / "intrinsic" / f"intrinsic_{camera}.txt", K4, fmt="%.6f")
-    for k, (depth, surface, points_world) in enumerate(shots):
-        picture = paint(room, surface, points_world, rng)
-        Image.fromarray(picture).save(scene / "image_color" / f"{k}.jpg", quality=92)
+        np.savetxt(scene / "intrinsic" / f"intrinsic_{camera}.txt", K, fmt="%.6f")
+    for k, pose in enumerate(room.poses):
+        depth, number = cast(room, K, pose, size, size)
+        seen.append(_in_view(room, depth, number))
+        picture = Image.fromarray(paint(room, number, unproject(depth, K, pose)[0]))
+        picture.save(scene / "image_color" / f"{k}.jpg", quality=92)
         Image.fromarray(np.rint(depth * 1000).astype(np.uint16)).save(
             scene / "image_depth" / f"{k}.png", compress_level=1)
-        np.savetxt(scene / "pose" / f"{k}.txt", poses[k], fmt="%.8f")
-    return Questions(name, room, K, poses, shots, rng).records
-
-
-def _visible(surface, room, pixels=150):
-    """Numbers of the solids that show on at least `pixels` pixels and do not touch the border."""
-    border = np.concatenate([surface[0], surface[-1], surface[:, 0], surface[:, -1]])
-    counts = np.bincount(surface.ravel(), minlength=6 + len(room.solids))
-    return [k for k in range(len(room.solids)) if counts[6 + k] >= pixels and 6 + k not in border]
-
-
-class Questions:
-    """Questions on three views of a room, with exact answers: `records`, (task, kind, SPAR record).
-
-    room, K, poses (3 of cam2world) and shots (3 of what cast returns) say everything there is to
-    know. A question whose answer would be nearly undecided is left out.
-    """
-
-    def __init__(self, scene, room, K, poses, shots, rng):
-        self.scene, self.room, self.K, self.poses = scene, room, K, poses
-        self.shots, self.rng = shots, rng
-        self.size = shots[0][0].shape[0]
-        self.names = [solid.name for solid in room.solids]
-        self.seen = [_visible(surface, room) for _, surface, _ in shots]
-        self.records = []
-        for ask in (self.depth, self.distance, self.view_change, self.position, self.camera_motion,
-                    self.side_of_camera, self.nearest, self.single_depth, self.single_relation):
-            a, b = (int(k) for k in rng.permutation(3)[:2])  # two of the views, in either order
-            ask(a, b, int(rng.choice(self.seen[a])), int(rng.choice(self.seen[b])))
-
-    # each asks about views a and b; red is a solid seen in a, blue one seen in b
-
-    def depth(self, a, b, red, blue):
-        (red_uv, red_depth, _), (blue_uv, blue_depth, _) = self.point(a, red), self.point(b, blue)
-        self.fill("depth_prediction_oc_mv", (0, 1, 2),
-                  f"The {self.names[red]} (red point, image {a + 1}) is {red_depth:.1f} meters "
-                  f"deep in its image. How deep is the {self.names[blue]} (blue point, image "
-                  f"{b + 1}) in its image, in meters? Give one number.", f"{blue_depth:.1f}",
-                  red_point=[red_uv], blue_point=[blue_uv], point_img_idx=[[a, b]])
-
-    def distance(self, a, b, red, blue):
-        (red_uv, _, red_point), (blue_uv, _, blue_point) = self.point(a, red), self.point(b, blue)
-        if red != blue:
-            self.fill("distance_prediction_oo_mv", (0, 1, 2),
-                      f"How far is the {self.names[red]} (red point, image {a + 1}) from the "
-                      f"{self.names[blue]} (blue point, image {b + 1}), in meters? "
-                      "Give one number.", f"{np.linalg.norm(red_point - blue_point):.1f}",
-                      red_point=[red_uv], blue_point=[blue_uv], point_img_idx=[[a, b]])
-
-    def view_change(self, a, b, red, blue):
-        pose = relative_pose(self.poses[a], self.poses[b])
-        x, y, z = pose[:3, 3]
-        right = round(math.degrees(math.atan2(pose[0, 2], pose[2, 2])))  # where b looks, seen by a
-        up = round(math.degrees(math.asin(np.clip(-pose[1, 2], -1, 1))))
-        parts = (("move", "right" if x >= 0 else "left", f"{abs(x):.1f}"),
-                 ("move", "down" if y >= 0 else "up", f"{abs(y):.1f}"),
-                 ("move", "forward" if z >= 0 else "backward", f"{abs(z):.1f}"),
-                 ("rotate", "up" if up >= 0 else "down", abs(up)),
-                 ("rotate", "right" if right >= 0 else "left", abs(right)))
-        self.fill("view_change_infer", (a, b),
-                  "How did the camera get from the first image to the second? Answer in meters and "
-                  "degrees as move_<right_or_left>:x,move_<down_or_up>:x,"
-                  "move_<forward_or_backward>:x,rotate_<down_or_up>:x,rotate_<right_or_left>:x.",
-                  ",".join(f"{verb}_{way}:{amount}" for verb, way, amount in parts))
-
-    def position(self, a, b, red, blue):
-        if red not in self.seen[b]:
-            return
-        gold, write = self.box(b, red), "({},{},{},{})".format
-        question = (f"The {self.names[red]} is in the red box of the first image. What is its "
-                    "bounding box in the second image, as x1,y1,x2,y2 from 0 to 1000?")
-        marks = {"red_bbox": [self.box(a, red)], "bbox_img_idx": [[0]]}
-        self.fill("position_matching", (a, b), question, write(*gold), **marks)
-        w, h = gold[2] - gold[0], gold[3] - gold[1]
-        corners = [(int(self.rng.integers(0, 1001 - w)), int(self.rng.integers(0, 1001 - h)))
-                   for _ in range(3)]  # boxes of its size
-        if all(abs(x - gold[0]) + abs(y - gold[1]) > 100 for x, y in corners):  # all elsewhere
-            self.select("position_matching", (a, b), question, write(*gold),
-                        [write(x, y, x + w, y + h) for x, y in corners], **marks)
-
-    def camera_motion(self, a, b, red, blue):
-        for first, second in ((a, b), (b, a)):  # does one of the two see the place of the other?
-            uv, depth = project(self.poses[second][:3, 3], self.K, self.poses[first])
-            x, y = (int(np.clip(round((c + 0.5) / self.size * 1000), -9999, 9999)) for c in uv)
-            if depth > 0.3 and 0 <= x <= 1000 and 0 <= y <= 1000:
-                question = ("Where in the first image is the camera of the second image? Answer "
-                            "with its position from 0 to 1000 and its depth in meters.")
-                self.fill("camera_motion_infer", (first, second), f"{question} Write (x,y),depth.",
-                          f"({x},{y}),{depth:.1f}")
-                wrong = [(*self.rng.integers(0, 1001, 2),
-                          depth * self.rng.choice([0.5, 0.7, 1.4, 1.8])) for _ in range(3)]
-                write = "Image Coor:({}, {}), Depth:{:.1f} meters".format
-                self.select("camera_motion_infer", (first, second), question, write(x, y, depth),
-                            [write(*option) for option in wrong])
-                return
-
-    def side_of_camera(self, a, b, red, blue):
-        centre = self.room.solids[red].centre
-        here, there = (np.linalg.norm(centre - self.poses[k][:3, 3]) for k in (a, b))
-        x, y, _ = self.in_camera(b, red)
-        self.select_words("obj_spatial_relation_oc_mv", (0, 1, 2),
-                          f"The {self.names[red]} is in the red box of image {a + 1}. Seen by the "
-                          f"camera of image {b + 1}, on which side of its optical axis is it, and "
-                          "is it closer to that camera or farther than to the camera of image "
-                          f"{a + 1}?", (x, y, there - here),
-                          (_LEFT_RIGHT, _ABOVE_BELOW, _CLOSER_FARTHER),
-                          red_bbox=[self.box(a, red)], bbox_img_idx=[[a]])
-
-    def nearest(self, a, b, red, blue):
-        others = sorted({solid for seen in self.seen for solid in seen} - {red})
-        if len(others) < 2:
-            return
-        green, blue = (int(k) for k in self.rng.permutation(others)[:2])
-        on = [next(int(k) for k in self.rng.permutation(3) if s in self.seen[k])
-              for s in (red, green, blue)]
-        far = [np.linalg.norm(self.room.solids[s].centre - self.room.solids[red].centre)
-               for s in (green, blue)]
-        if abs(far[0] - far[1]) > 0.3:
-            options = [f"{self.names[green]} (green point)", f"{self.names[blue]} (blue point)"]
-            near = int(far[1] < far[0])
-            self.select("distance_infer_center_oo_mv", (0, 1, 2),
-                        f"Whose center is nearer to the center of the {self.names[red]} "
-                        "(red point)?", options[near], [options[1 - near]],
-                        red_point=[self.point(on[0], red)[0]],
-                        green_point=[self.point(on[1], green)[0]],
-                        blue_point=[self.point(on[2], blue)[0]], point_img_idx=[on])
-
-    def single_depth(self, a, b, red, blue):
-        uv, depth, _ = self.point(a, red)
-        self.fill("depth_prediction_oc", (a,),
-                  f"How deep is the {self.names[red]} (red point) in the image, in meters? "
-                  "Give one number.", f"{depth:.1f}", red_point=[uv])
-
-    def single_relation(self, a, b, red, blue):
-        if blue in self.seen[a] and blue != red:
-            x, _, z = self.in_camera(a, red) - self.in_camera(a, blue)
-            self.select_words("obj_spatial_relation_oo", (a,),
-                              f"Where is the {self.names[red]} (red box) relative to the "
-                              f"{self.names[blue]} (blue box), seen by the camera?",
-                              (x, z), (_LEFT_RIGHT, _CLOSER_FARTHER), red_bbox=[self.box(a, red)],
-                              blue_bbox=[self.box(a, blue)], bbox_img_idx=[[0, 0]])
-
-    # what the questions are made of
-
-    def point(self, k, solid):
-        """A pixel in the middle of a solid in view k: [x, y] of 0..1000, depth, point_world."""
-        depth, surface, points_world = self.shots[k]
-        v, u = np.nonzero(surface == 6 + solid)
-        middle = np.argmin((u - u.mean()) ** 2 + (v - v.mean()) ** 2)
-        v, u = v[middle], u[middle]
-        return ([round(float(c + 0.5) / self.size * 1000) for c in (u, v)],
-                depth[v, u], points_world[v, u])
-
-    def box(self, k, solid):
-        """[x1, y1, x2, y2] of a solid in view k, 0..1000."""
-        v, u = np.nonzero(self.shots[k][1] == 6 + solid)
-        return [round(float(c) / self.size * 1000)
-                for c in (u.min(), v.min(), u.max() + 1, v.max() + 1)]
-
-    def in_camera(self, k, solid):
-        """A solid's centre (3,) in the frame of camera k."""
-        return (self.room.solids[solid].centre - self.poses[k][:3, 3]) @ self.poses[k][:3, :3]
-
-    def fill(self, task, views, question, answer, kind="fill", **markers):
-        image = [f"{self.scene}/image_color/{k}.jpg" for k in views]
-        self.records.append((task, kind, {
-            "id": f"{self.scene}_{len(self.records)}", "image": image,
-            "depth": [_depth_name(name) for name in image],
+        np.savetxt(scene / "pose" / f"{k}.txt", pose, fmt="%.8f")
+    for task, frames, question, answer, wrong, markers in _questions(room, seen, rng):
+        if wrong:  # lettered options in random order; the answer is the letter
+            order = rng.permutation(1 + len(wrong))
+            for letter, o in zip("ABCD", order):
+                question += f" {letter}. {(answer, *wrong)[o]}"
+            answer = "ABCD"[int(np.argmin(order))]
+        records.append(("select" if wrong else "fill", {
+            "id": f"{name}_{len(records)}", "type": task, **markers,
+            "image": [f"{name}/image_color/{k}.jpg" for k in frames],
+            "depth": [f"{name}/image_depth/{k}.png" for k in frames],
             "conversations": [{"from": "human", "value": question},
-                              {"from": "gpt", "value": answer}],
-            "type": task, **markers}))
-
-    def select(self, task, views, question, right, wrong, **markers):
-        """The same with lettered options in random order; the answer is the letter of `right`."""
-        order = self.rng.permutation(1 + len(wrong))
-        listed = " ".join(f"{letter}. {(right, *wrong)[o]}" for letter, o in zip("ABCD", order))
-        self.fill(task, views, f"{question} {listed}", "ABCD"[int(np.argmin(order))],
-                  kind="select", **markers)
-
-    def select_words(self, task, views, question, values, words, margin=0.15, **markers):
-        """Options combine word pairs, e.g. "left, closer"; each value's sign chooses its word."""
-        if min(abs(value) for value in values) >= margin:
-            right = ", ".join(pair[int(value > 0)] for pair, value in zip(words, values))
-            every = [", ".join(combination) for combination in itertools.product(*words)]
-            wrong = [combination for combination in self.rng.permutation(every)
-                     if combination != right][:3]
-            self.select(task, views, question, right, wrong, **markers)
+                              {"from": "gpt", "value": answer}]}))
+    return records
 
 
-_LEFT_RIGHT, _ABOVE_BELOW = ("left", "right"), ("above", "below")
-_CLOSER_FARTHER = ("closer", "farther")
-
-
-def _write_benchmark(root):
-    """SPAR-Bench's rows for the val rooms: its formats per task, pictures with markers drawn."""
-    folder = root / "benchmark" / "images"
-    folder.mkdir(parents=True)
+def _write_benchmark(folder, samples, most=700):
+    """SPAR-Bench's rows for at most so many samples, evenly spaced; pictures with markers drawn."""
+    (folder / "images").mkdir(parents=True)
     rows = []
-    for sample in load_samples(root, split="val"):
-        if sample.kind == "fill" and sample.task in ("position_matching", "camera_motion_infer"):
-            continue  # SPAR-Bench asks these two as select only
+    for sample in samples[::math.ceil(len(samples) / most)]:
         paths = [f"images/{len(rows)}_{k}.jpg" for k in range(len(sample.images))]
         for path, picture in zip(paths, sample.pictures()):
-            picture.save(root / "benchmark" / path, quality=92)
-        rows.append({"id": len(rows), "img_type": "multi_view" if len(paths) > 1 else "single_view",
-                     "format_type": sample.kind, "task": sample.task, "source": sample.source,
-                     "image": paths, "question": sample.question, "answer": sample.answer,
-                     "pose": [sample.pose(k).flatten().tolist() for k in range(len(paths))]})
-    text = "\n".join(json.dumps(row) for row in rows) + "\n"
-    (root / "benchmark" / "rooms.jsonl").write_text(text)
+            picture.save(folder / path, quality=92)
+        rows.append(json.dumps({
+            "id": len(rows), "img_type": "multi_view" if len(paths) > 1 else "single_view",
+            "format_type": sample.kind, "task": sample.task, "source": sample.source,
+            "image": paths, "question": sample.question, "answer": sample.answer,
+            "pose": [sample.pose(k).flatten().tolist() for k in range(len(paths))]}) + "\n")
+    (folder / "rooms.jsonl").write_text("".join(rows))
 
 
 def progress(items, total, label):
