@@ -714,7 +714,9 @@ def memory_line(weights, trained, tokens, dtype, device, offload=False):
     state = sum(trained) * (12 if dtype == torch.float32 and not offload else 16)
     work = dtype.itemsize * (weights + 2 * max(trained)) + tokens * 2**18 + 0.3 * 2**30
     need = {"host": work + state}
-    free = {"host": os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")}
+    info = Path("/proc/meminfo")  # Linux only
+    free = {"host": 1024 * int(re.search(r"MemAvailable: *(\d+)", info.read_text())[1])
+            if info.exists() else math.inf}
     if device.type == "cuda":
         need = {"GPU": work + state * (not offload), "host": state * offload + 2**29}
         free["GPU"] = torch.cuda.mem_get_info(device)[0]
