@@ -312,19 +312,16 @@ def recompute_in_backward(block):
 class Optimizer:
     """Mixed precision by hand: AdamW on fp32 master copies of what trains in a 16-bit model.
 
-    At lr 1e-5 most updates are smaller than the spacing of bf16 numbers: weights kept in bf16 alone
-    would hardly move. So the model computes in its working dtype; weights, gradients and moments
-    are kept in fp32, and each 16-bit gradient is added to its fp32 one as soon as it is there. The
-    weights of an fp32 model are the masters themselves. fp16 gradients underflow, so the loss is
-    scaled up before the backward pass and the gradient down after it.
+    At lr 1e-5 most updates are smaller than the spacing of bf16 numbers, which alone would hardly
+    move. So the model computes in 16 bits, while weights, gradients and moments are kept in fp32.
+    An fp32 model is its own master. fp16 gradients underflow: the loss is scaled up for them.
     """
 
     def __init__(self, model, args, dtype, device):
         self.lr, self.warmup, self.clip = args.lr, args.warmup, args.clip
         self.t = self.good = self.bad = 0  # updates; finite steps at this scale; not finite ones
         self.scale = 2.0**16 if dtype == torch.float16 else 1.0
-        self.tensors = {}  # name: (weight, master, its AdamW)
-        home = torch.device("cpu") if args.offload else device
+        self.tensors, home = {}, torch.device("cpu") if args.offload else device
         for name, p in model.named_parameters():  # tensor by tensor: nothing ever exists twice
             trains, master = p.requires_grad, torch.nn.Parameter(p.data)
             if trains:
@@ -344,7 +341,6 @@ class Optimizer:
         p.grad = None
 
     def backward(self, loss):
-        """Add a loss's gradient to that of the losses before it in this step."""
         (loss * self.scale).backward()
 
     def reduce(self):
@@ -376,14 +372,8 @@ class Optimizer:
             self.scale *= 0.5 if not finite else 2 if self.good % 1000 == 0 else 1
         return float(change) ** 0.5 if finite else None
 
-    def save(self, kind, path):
-        """Write the fp32 tensors of "master" or of a moment, "exp_avg" or "exp_avg_sq"."""
-        save_file({name: (master.detach() if kind == "master" else adam.state[master].get(
-            kind, torch.zeros_like(master))).cpu()
-            for name, (_, master, adam) in self.tensors.items()}, path)
-
     def load(self, out, state):
-        """Continue from a checkpoint's state and the files in `out` that it names."""
+        """Continue from what save_checkpoint wrote."""
         self.t, self.good, self.scale = state["t"], state["good"], state["scale"]
         for kind, file in state["files"].items():
             with safe_open(out / file, framework="pt") as tensors:
@@ -396,13 +386,15 @@ class Optimizer:
 
 
 def save_checkpoint(out, state, optimizer):
-    """Three files whose names carry the step, then checkpoint.json, which names them, renamed over
-    the last one: a kill or a full disk spares what was there before."""
+    """Masters and two moments, files whose names carry the step; then checkpoint.json, which names
+    them, renamed over the last one: a kill or a full disk spares what was there before."""
     files = {kind: f"checkpoint-{state['step']}-{kind}.safetensors"
              for kind in ("master", "exp_avg", "exp_avg_sq")}
     state |= {"files": files, "t": optimizer.t, "good": optimizer.good, "scale": optimizer.scale}
     for kind, file in files.items():
-        optimizer.save(kind, out / file)
+        save_file({name: (master.detach() if kind == "master" else adam.state[master].get(
+            kind, torch.zeros_like(master))).cpu()
+            for name, (_, master, adam) in optimizer.tensors.items()}, out / file)
     (out / "checkpoint.tmp").write_text(json.dumps(state))
     os.sync()
     os.replace(out / "checkpoint.tmp", out / "checkpoint.json")
@@ -412,79 +404,77 @@ def save_checkpoint(out, state, optimizer):
 
 
 def read_checkpoint(out):
-    """What checkpoint.json of a run says, or None if there is none."""
     path = Path(out) / "checkpoint.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def settle(p, argv, values):
-    """Arguments: those given, `values` for the others; with --resume the checkpoint's for the
-    others, and only what lengthens the run, or changes no number, may be given otherwise."""
+    """Arguments: those given, `values` for the others; with --resume the checkpoint's, but for what
+    lengthens the run or changes no number."""
     p.set_defaults(**values)
     args = p.parse_args(argv)
+    if args.resume:
+        state = read_checkpoint(args.out).get("args", {})
+        p.set_defaults(**state | {"resume": True})
+        args = p.parse_args(argv)
+        may = {"resume", "out", "steps", "data", "model", "offload", "no_recompute", "workers"}
+        for name in (its for its in state if its not in may and state[its] != getattr(args, its)):
+            p.error(f"--resume: --{name.replace('_', '-')} was {state[name]} and must stay so")
     for name, value in vars(args).items():
         if type(value) in (int, float) and not value >= (name not in MAY_BE_0) * 1e-30:
             p.error(f"--{name.replace('_', '-')} is out of range: {value}")
-    if args.resume:
-        if not (state := read_checkpoint(args.out)):
-            p.error(f"--resume: {args.out}/checkpoint.json is not there; name the run with --out")
-        p.set_defaults(**state["args"] | {"resume": True})
-        args = p.parse_args(argv)
-        may = {"resume", "out", "steps", "data", "model", "offload", "no_recompute", "workers"}
-        for name, value in state["args"].items():
-            if getattr(args, name) != value and name not in may:
-                p.error(f"--resume: --{name.replace('_', '-')} was {value} when the run began, and "
-                        "must stay that")
     return args
 
 
 def begin(args, walk, source):
     """What a checkpoint holds beside the optimiser: arguments, and fingerprints of data and start
-    model; and the state to resume from, or None. DataError where --out is not this run's."""
+    model; and the state to resume from, {} for a new run. DataError where --out is not this run's.
+    """
     out, state = Path(args.out), read_checkpoint(args.out)
     now = {"args": vars(args), "data": geometry.fingerprint(walk.samples.files),
            "model": geometry.fingerprint(weight_files(source))}
+    wrong = None
     if out.resolve() == source.resolve():
-        raise geometry.DataError(f"--out {out} is the start model's: name another --out")
-    for name in ("data", "model") if args.resume else ():
-        if state[name] != now[name]:
-            raise geometry.DataError(f"--{name} {getattr(args, name)}: not what the run in {out} "
-                                     "was begun with; name that, or start over elsewhere")
-    if not args.resume and state and state["step"] < state["args"]["steps"]:
-        raise geometry.DataError(
-            f"{out} holds a run stopped at step {state['step']} of {state['args']['steps']}: go on "
-            f"with --resume --out {out}, or remove {out}/checkpoint.json to start over")
+        wrong = "is the start model's; name another"
+    elif args.resume and not state:
+        wrong = "has no checkpoint.json to --resume from; name the run's"
+    elif args.resume and (other := [its for its in ("data", "model") if state[its] != now[its]]):
+        wrong = f"was begun with another --{other[0]} than {getattr(args, other[0])}; name that"
+    elif not args.resume and state and state["step"] < state["args"]["steps"]:
+        wrong = (f"holds a run stopped at step {state['step']} of {state['args']['steps']}; go on "
+                 "with --resume, or remove its checkpoint.json to start over")
+    if wrong:
+        raise geometry.DataError(f"--out {out} {wrong}")
     out.mkdir(parents=True, exist_ok=True)
     if not args.resume:
         (out / "checkpoint.json").unlink(missing_ok=True)  # of a run that has ended
-    return now, state if args.resume else None
+    return now, state if args.resume else {}
 
 
 def find_model(name):
     """A complete 16- or 32-bit model: its directory, `name` or the hub's copy, and {plain name:
     (numbers, dtype as the file calls it)} of its tensors, from the files' headers."""
     path = file = Path(name)
-    headers = {}
+    headers, wrong = {}, None
     if name in MADE_BY and not (path / "config.json").exists():
         raise geometry.DataError(f"{name}: not there yet; run `{MADE_BY[name]}` first")
     try:
         if not path.is_dir():
             path = Path(snapshot_download(name, allow_patterns=[
                 "*.json", "*.txt", "*.jinja", "*.safetensors"]))
-        config = json.loads((path / "config.json").read_text())
+        if "quantization_config" in json.loads((path / "config.json").read_text()):
+            wrong = "its weights are quantised; take the 16-bit model"
+        elif not (path / "tokenizer.json").exists() and not (path / "vocab.json").exists():
+            wrong = "has no tokenizer.json; copy it from the model that it was made of"
         for file in weight_files(path):
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():
                     its = tensors.get_slice(key)
                     headers[plain(key)] = math.prod(its.get_shape()), its.get_dtype()
     except (OSError, ValueError, SafetensorError) as error:  # the hub's errors are among these
-        raise geometry.DataError(f"{file}: no complete model directory, and none on the hub "
-                                 f"({str(error).strip().splitlines()[0]})") from None
-    if "quantization_config" in config:
-        raise geometry.DataError(f"{path}: its weights are quantised; take the 16-bit model")
-    if not (path / "tokenizer.json").exists() and not (path / "vocab.json").exists():
-        raise geometry.DataError(f"{path}: has no tokenizer.json; copy the tokenizer's files from "
-                                 "the model that it was made of")
+        wrong = f"no complete model directory or hub model ({str(error).strip().splitlines()[0]})"
+    if wrong:
+        raise geometry.DataError(f"{file}: {wrong}")
     return path, headers
 
 
@@ -511,21 +501,16 @@ def load_model(path, headers):
             path, dtype=dtype, output_loading_info=True)
         # control tokens in texts are text; set once, since threads share the tokenizer
         tokenizer = AutoTokenizer.from_pretrained(path, split_special_tokens=True)
+        if lacking := sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"]))):
+            raise ValueError(f"{len(lacking)} tensors are missing or misshapen: {lacking[0]}, ...")
     except (OSError, ValueError, RuntimeError) as error:
         raise geometry.DataError(
             f"{path}: cannot be read as a Qwen2.5-VL ({str(error).splitlines()[0]})") from None
-    if lacking := sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"]))):
-        raise geometry.DataError(f"{path}: {len(lacking)} tensors are missing or have another "
-                                 f"shape than config.json says, {lacking[0]} among them")
     model.generation_config = GenerationConfig()  # not the checkpoint's
-    patch_embed = model.model.visual.patch_embed
-    patch_embed.forward = partial(embed_patches, patch_embed)
+    embed = model.model.visual.patch_embed  # the matrix product that it is: as a 3-D convolution
+    embed.forward = lambda pixels: F.linear(  # by patch it is slow
+        pixels.to(embed.proj.weight.dtype), embed.proj.weight.flatten(1))
     return model, tokenizer
-
-
-def embed_patches(embed, pixels):
-    """Patch embedding as the matrix product that it is: a 3-D convolution by patch is slow."""
-    return F.linear(pixels.to(embed.proj.weight.dtype), embed.proj.weight.flatten(1))
 
 
 def save_model(model, source, out, optimizer):
@@ -580,26 +565,23 @@ def gather(items):
     return [item for its in everyone for item in its]
 
 
-def memory_line(weights, trained, tokens, dtype, device, offload=False):
-    """What a run takes, said before any of it is taken, and what to do if less is there.
+def memory_line(weights, trained, tokens, dtype, device, offload=False, host=0):
+    """What a run takes, said before it is taken, and what to do if less is there.
 
     weights: how many compute; trained: how many each trained tensor has, with fp32 master, gradient
     and two moments. The largest one's update, `tokens` activations and the libraries come on top.
     """
     state = sum(trained) * (12 if dtype == torch.float32 and not offload else 16)
     work = dtype.itemsize * (weights + 2 * max(trained)) + tokens * 2**18 + 0.3 * 2**30
-    need = {"host": work + state}
-    info = Path("/proc/meminfo")  # Linux only
-    free = {"host": 1024 * int(re.search(r"MemAvailable: *(\d+)", info.read_text())[1])
-            if info.exists() else math.inf}
+    need, free = {"host": work + state + host}, {}
     if device.type == "cuda":
-        need = {"GPU": work + state * (not offload), "host": state * offload + 2**29}
+        need = {"GPU": work + state * (not offload), "host": state * offload + host + 0.3 * 2**30}
         free["GPU"] = torch.cuda.mem_get_info(device)[0]
-    line = "; ".join(f"{where} {need[where] / 2**30:.1f} GiB, {free[where] / 2**30:.1f} free"
-                     for where in need)
-    return f"memory  {line}" + (
-        ": too little; --freeze, --offload (on a GPU) or fewer --max-pixels take less"
-        if any(need[where] > free[where] for where in need) else "")
+    if (info := Path("/proc/meminfo")).exists():  # Linux
+        free["host"] = 1024 * int(re.search(r"MemAvailable: *(\d+)", info.read_text())[1])
+    less = any(need[where] > free.get(where, math.inf) for where in need)
+    return "memory  " + ", ".join(f"{where} {need[where] / 2**30:.1f} GiB" for where in need) + (
+        ", more than is free: --freeze, --offload (on a GPU), fewer --max-pixels take less" * less)
 
 
 def open_log(path, args, step):
@@ -620,15 +602,14 @@ def print_step(record, steps, left, fields):
     """One line a step, in place on a terminal, else about 30 in all."""
     line = f"step {record['step']}/{steps}  " + "  ".join(
         f"{name} {record[name]:.4g}" for name in fields if name in record)
-    line += f"  left {timedelta(seconds=int(left))}"
     live, keep = sys.stdout.isatty(), record["step"] in (1, steps)
     if live or keep or record["step"] % max(1, steps // 30) == 0:
-        print(line.ljust(90) if live else line, end="\n" if keep or not live else "\r", flush=True)
+        print(f"{line}  left {timedelta(seconds=int(left))}".ljust(90 * live),
+              end="\n" if keep or not live else "\r", flush=True)
 
 
 def left_out(step, found, grad_norm, batch, optimizer, say):
-    """The record of a step that changed nothing, said with its samples' names; DataError after
-    five such in a row."""
+    """The record of a step that changed nothing; DataError after five such in a row."""
     why = f"gradient norm {grad_norm}" if found else "no usable sample"
     why += f" ({', '.join(gather([name for name, _ in batch]))})"
     say(f"step {step} left out: {why}")
@@ -716,7 +697,7 @@ def main(argv=None):
                 args.steps - step), ("loss", "grad_norm", "update_norm", "tokens_per_s"))
         if stop:
             gather([])  # torchrun ends all when one has ended: after the first has saved
-            say(f"stopped after step {step}; go on with --resume --out {out}")
+            say(f"stopped after step {step}; go on with --resume")
             sys.exit(128 + stop[0])
 
     if rank == 0:

@@ -1,4 +1,4 @@
-"""Shared by the tests: rooms and a tiny model, made once; real frames, if they are there; command
+"""Shared by the tests: scenes and a tiny model, made once; real frames, if they are there; command
 lines."""
 
 import contextlib
@@ -12,32 +12,37 @@ import sys
 import types
 from pathlib import Path
 
-import pytest
-import torch
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import geometry  # noqa: E402
 import pasta  # noqa: E402
+from scenes import make_scenes  # noqa: E402
 
-torch.set_num_threads(2)  # the same everywhere: sums, and so bits, depend on it
+torch.set_num_threads(1)  # the same everywhere: sums, and so bits, depend on it
 
 
-def run(script, root, cwd, *flags, processes=1, **popen):
+def run(script, root, cwd, *flags, processes=1, env={}, **popen):
     """A script with its flags, run in folder `cwd`: .returncode, .stdout (stderr included).
 
     In this process, which saves the seconds that importing torch takes; as a user types it for
-    several processes or with keywords for subprocess.run.
+    several processes, with other environment variables or with keywords for subprocess.run.
     """
-    if processes == 1 and not popen:
+    if processes == 1 and not env and not popen:
         return _call(script, cwd, *flags)
     start = [sys.executable] if processes == 1 else [
         sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
         "--master_port=29417"]
-    popen.setdefault("env", {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
     return subprocess.run([*start, str(root / script), *map(str, flags)], cwd=cwd, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300, **popen)
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300, env=env,
+                          **popen)
 
 
 def _call(script, cwd, *flags):
@@ -48,9 +53,9 @@ def _call(script, cwd, *flags):
         with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
             try:
                 code = main([str(flag) for flag in flags]) or 0
-            except geometry.DataError as error:
-                code = 1
-                print(f"{script}: {error}")
+            except (geometry.DataError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
+                code = 1  # as the last lines of the script
+                print(f"{script}: {str(error).strip().splitlines()[0]}")
             except SystemExit as stop:
                 code = stop.code if isinstance(stop.code, int) else 1
     finally:
@@ -79,10 +84,16 @@ def rooms(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny_model(rooms, tmp_path_factory):
+def scenes(tmp_path_factory):
+    """Samples of two and three views, train and val, whatever the rendered rooms show."""
+    return make_scenes(tmp_path_factory.mktemp("scenes") / "data")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(scenes, tmp_path_factory):
     """The demo's tiny Qwen2.5-VL as a Hugging Face directory."""
     path = tmp_path_factory.mktemp("model") / "model"
-    pasta.make_demo_model(path, rooms, seed=0)
+    pasta.make_demo_model(path, scenes, seed=0)
     return path
 
 

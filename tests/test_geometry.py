@@ -1,7 +1,16 @@
 """geometry.py against hand-computed numbers and naive loops that share no code with it."""
 
+import collections
+import dataclasses
+import functools
+import io
+import itertools
 import json
 import math
+import re
+import time
+import types
+import zlib
 
 import numpy as np
 import pytest
@@ -10,703 +19,722 @@ from PIL import Image
 import geometry
 
 
-def view(depth, K=None, cam2world=None):
-    depth = np.asarray(depth, np.float32)
+def at(place, degrees=0):
+    """A level camera here that looks so far to the right of z."""
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return np.array([[c, 0, s, place[0]], [0, 1, 0, place[1]], [-s, 0, c, place[2]], [0, 0, 0, 1]])
+
+
+def view(depth, cam2world=np.eye(4), K=None, side=20):
+    """A view of this depth map, or of a wall this far."""
+    depth = np.full((side, side), depth) if np.ndim(depth) == 0 else depth
     H, W = depth.shape
     K = np.array([[W, 0, (W - 1) / 2], [0, W, (H - 1) / 2], [0, 0, 1.0]]) if K is None else K
-    pose = np.eye(4) if cam2world is None else cam2world
-    return geometry.View(np.zeros((H, W, 3), np.uint8), depth, K, pose)
+    return geometry.View(np.zeros((H, W, 3), np.uint8), depth.astype(np.float32), K, cam2world)
 
 
-def rotation(rng, roll=True):
-    """A rotation matrix by Rodrigues' formula (any), or yaw and pitch, axes explicit (no roll)."""
-    axis, angle = rng.normal(size=3), rng.uniform(0, math.pi)
-    x, y, z = axis / np.linalg.norm(axis)
-    k = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
-    return np.eye(3) + math.sin(angle) * k + (1 - math.cos(angle)) * k @ k
+# --- projection and Eq. 1
 
 
-# --- projection, by hand
-
-
-def test_unproject_by_hand():
+def test_projection():
     K = np.array([[2.0, 0, 1], [0, 4.0, 0], [0, 0, 1]])
     cam2world = np.array([[0, 0, 1, 10.0], [-1, 0, 0, 20], [0, -1, 0, 30], [0, 0, 0, 1]])  # z up
-    depth = np.array([[4, 4, 4], [4, 0, 4]], np.float32)
+    depth = np.array([[4, 4, math.nan, math.inf], [-1, 0, 4, 4]], np.float32)
     points, valid = geometry.unproject(depth, K, cam2world)
-    assert valid.tolist() == [[True, True, True], [True, False, True]]
+    assert valid.tolist() == [[True, True, False, False], [False, False, True, True]]
     # pixel (2, 1) at depth 4: X = (2 - 1) * 4 / 2 = 2, Y = (1 - 0) * 4 / 4 = 1, Z = 4 in the
     # camera; in the world Z goes along x, X against y, Y against z
     assert np.allclose(points[1, 2], [10 + 4, 20 - 2, 30 - 1])
-    assert np.allclose(points[0, 1], [14, 20, 30])
-
-
-def test_project_inverts_unproject():
-    rng = np.random.default_rng(0)
-    K = np.array([[300.0, 0, 201.3], [0, 310.0, 148.8], [0, 0, 1]])
-    cam2world = np.eye(4)
-    cam2world[:3, :3], cam2world[:3, 3] = rotation(rng), rng.normal(size=3)
-    depth = rng.uniform(0.5, 5, (300, 400)).astype(np.float32)
-    points, _ = geometry.unproject(depth, K, cam2world)
-    uv, z = geometry.project(points, K, cam2world)
-    u, v = np.meshgrid(np.arange(400), np.arange(300))
-    assert np.abs(uv - np.stack([u, v], -1)).max() < 1e-6
+    assert np.allclose(points[0, 1], [14, 20, 30]) and np.allclose(points[~valid], [10, 20, 30])
+    K = np.array([[300.0, 0, 201.3], [0, 310.0, 148.8], [0, 0, 1]])  # and back
+    pose, depth = cam2world @ at((3, 1, 2), 40), 1 + np.arange(300 * 400).reshape(300, 400) % 7
+    uv, z = geometry.project(geometry.unproject(depth, K, pose)[0], K, pose)
+    assert np.abs(uv - np.moveaxis(np.indices((300, 400))[::-1], 0, -1)).max() < 1e-6
     assert np.abs(z - depth).max() < 1e-6
 
 
-@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf, -1.0])
-def test_depth_without_value(bad):
-    depth = np.full((8, 8), 2.0)
-    depth[3, 3] = bad
-    _, valid = geometry.unproject(depth.astype(np.float32), np.eye(3), np.eye(4))
-    assert not valid[3, 3] and valid.sum() == 63
-
-
-# --- Eq. 1
-
-
-def naive_overlap(x, y, n, t, t_rel):
-    """Every pixel in a loop, in float64, straight from section 3.3."""
+def naive_overlap(x, y, n, every, t=0.05, t_rel=0.05):
+    """Every such pixel in a loop, in float64, straight from section 3.3."""
     P = n * n
     M, points, pixels = np.zeros((P, P)), np.zeros(P), np.zeros(P)
-    inverse_y = np.linalg.inv(y.cam2world)
+    inverse_K, inverse_y = np.linalg.inv(x.K), np.linalg.inv(y.cam2world)
     (H, W), (H_y, W_y) = x.depth.shape, y.depth.shape
-    for v in range(H):
-        for u in range(W):
-            i = int((v + 0.5) / H * n) * n + int((u + 0.5) / W * n)
-            pixels[i] += 1
-            d = float(x.depth[v, u])
-            if not (math.isfinite(d) and d > 0):
-                continue
-            points[i] += 1
-            X = np.linalg.inv(x.K) @ [u * d, v * d, d]
-            Z = inverse_y @ (x.cam2world @ [*X, 1.0])
-            if Z[2] <= 0:
-                continue
-            a, b, _ = y.K @ (Z[:3] / Z[2])
-            if not (-0.5 < a < W_y - 0.5 and -0.5 < b < H_y - 0.5):
-                continue
-            d_y = float(y.depth[round(b), round(a)])
-            if math.isfinite(d_y) and d_y > 0 and abs(Z[2] - d_y) < max(t, t_rel * Z[2]):
-                M[i, int((b + 0.5) / H_y * n) * n + int((a + 0.5) / W_y * n)] += 1
-    for i in range(P):
-        M[i] = M[i] / points[i] if points[i] >= 0.25 * pixels[i] and points[i] else 0
-    return M
+    for v, u in itertools.product(range(every // 2, H, every), range(every // 2, W, every)):
+        i = int((v + 0.5) / H * n) * n + int((u + 0.5) / W * n)
+        pixels[i] += 1
+        d = float(x.depth[v, u])
+        if not (math.isfinite(d) and d > 0):
+            continue
+        points[i] += 1
+        Z = inverse_y @ (x.cam2world @ [*(inverse_K @ [u * d, v * d, d]), 1.0])
+        a, b, _ = y.K @ (Z[:3] / Z[2])
+        if Z[2] <= 0 or not (-0.5 < a < W_y - 0.5 and -0.5 < b < H_y - 0.5):
+            continue
+        d_y = float(y.depth[round(b), round(a)])
+        if math.isfinite(d_y) and d_y > 0 and abs(Z[2] - d_y) < max(t, t_rel * Z[2]):
+            M[i, int((b + 0.5) / H_y * n) * n + int((a + 0.5) / W_y * n)] += 1
+    M[points < 0.25 * pixels] = 0
+    return M / np.maximum(points, 1)[:, None]
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 16])
-def test_overlap_against_naive_loop(n):
-    """Two random views of different sizes of a bumpy wall, with holes in the depth."""
-    rng = np.random.default_rng(n)
-    poses = [np.eye(4), np.eye(4)]
-    poses[1][:3, 3] = [0.4, -0.1, 0.2]
-    a = math.radians(12)
-    poses[1][:3, :3] = [[math.cos(a), 0, -math.sin(a)], [0, 1, 0], [math.sin(a), 0, math.cos(a)]]
-    views = []
-    for pose, (H, W) in zip(poses, ((36, 48), (40, 32))):
-        depth = 3 + 0.03 * rng.normal(size=(H, W))
+@pytest.mark.parametrize("n, stride, given", [
+    (1, 4, {}), (3, 4, {}), (4, 4, {"t": 0.2, "t_rel": 0.01}), (7, 2, {"t_rel": 0.02}),
+    (16, 1, {})])
+def test_overlap_against_naive_loop(n, stride, given):
+    """Two views of different sizes of a bumpy wall, with holes; whatever the stride, two samples a
+    cell and axis where there are as many pixels."""
+    rng, views, M = np.random.default_rng(n), [], []
+    for pose, (H, W) in ((np.eye(4), (36, 48)), (at((0.4, -0.1, 0.2), -12), (40, 32))):
+        depth = 3 + 0.1 * rng.normal(size=(H, W))
         depth[rng.uniform(size=(H, W)) < 0.1] = 0
         depth[: H // 3, : W // 3] = rng.choice([0, np.nan, np.inf], (H // 3, W // 3))
-        views.append(view(depth, cam2world=pose))
-    for x, y in (views, views[::-1]):
-        M = geometry.directional_overlap(x, y, n, stride=1)
-        assert np.abs(M - naive_overlap(x, y, n, 0.05, 0.05)).max() < 1e-9
-    S = geometry.correspondence(*views, n, stride=1)
-    forth, back = naive_overlap(*views, n, 0.05, 0.05), naive_overlap(*views[::-1], n, 0.05, 0.05)
-    assert np.abs(S - (forth + back.T) / 2).max() < 1e-9
+        views.append(view(depth, pose))
+    every = [min(stride, *(max(1, size // (2 * n)) for size in its.depth.shape)) for its in views]
+    M = [naive_overlap(*views, n, every[0], **given),
+         naive_overlap(*views[::-1], n, every[1], **given)]
+    given = {**given, **({"stride": stride} if stride != 4 else {})}  # 4 is the default
+    assert np.abs(geometry.directional_overlap(*views, n, **given) - M[0]).max() < 1e-9
+    S = geometry.correspondence(*views, n, **given)
+    assert np.abs(S - (M[0] + M[1].T) / 2).max() < 1e-9  # Eq. 1, as printed
     assert S.max() > 0.02 and S.min() >= 0 and S.max() <= 1
 
 
 def test_overlap_by_hand():
-    """A wall 2 m away; camera y stands to the right by one cell's width, so cells shift by one."""
-    W, n = 16, 4
-    K = np.array([[W, 0, (W - 1) / 2], [0, W, (W - 1) / 2], [0, 0, 1.0]])
-    shifted = np.eye(4)
-    shifted[0, 3] = 2.0 * 4 / W  # four pixels at depth 2
-    x, y = view(np.full((W, W), 2.0), K), view(np.full((W, W), 2.0), K, shifted)
-    M = geometry.directional_overlap(x, y, n, stride=1)
-    wanted = np.zeros((16, 16))
-    for i in range(16):
-        if i % 4:  # the leftmost column of x is outside y
-            wanted[i, i - 1] = 1
-    assert np.array_equal(M, wanted)
-
-
-def test_overlap_of_a_view_with_itself_is_the_identity():
-    x = view(np.full((30, 50), 1.5))
-    assert np.array_equal(geometry.correspondence(x, x, 5), np.eye(25))
-
-
-def test_occlusion_and_tolerance():
-    """A surface 10 % behind y's depth map does not count; within 5 cm or 5 % it does."""
-    x = view(np.full((20, 20), 2.0))
-    for depth_y, seen in ((1.8, False), (2.08, True), (2.12, False), (1.92, True)):
-        M = geometry.directional_overlap(x, view(np.full((20, 20), depth_y)), 2)
-        assert (M.sum() > 3.9) == seen and (M.sum() == 0) != seen
-    near = geometry.directional_overlap(
-        view(np.full((20, 20), 0.5)), view(np.full((20, 20), 0.54)), 2)
-    assert near.sum() > 3.9  # 4 cm at half a metre is 8 %, but under 5 cm
-
-
-def test_nothing_is_seen_behind_the_camera():
-    turned = np.diag([-1.0, 1, -1, 1])  # looks the other way
-    x, y = view(np.full((20, 20), 2.0)), view(np.full((20, 20), 2.0), cam2world=turned)
-    assert geometry.directional_overlap(x, y, 3).sum() == 0
-
-
-def test_patch_with_little_depth_has_an_empty_row():
-    depth = np.full((40, 40), 2.0)
-    depth[:20, :20] = 0
-    depth[:4, :20] = 2.0  # a fifth of patch 0
-    M = geometry.directional_overlap(view(depth), view(np.full((40, 40), 2.0)), 2, stride=1)
-    assert M[0].sum() == 0 and np.allclose(M[1:].sum(-1), 1)
-
-
-def test_stride_changes_little(shared):
-    samples = geometry.load_samples(shared / "spar", tasks=("depth_prediction_oc_mv",))
-    worst = 0
-    for sample in samples[:6]:
-        x, y, _ = sample.views()
-        worst = max(worst, np.abs(geometry.correspondence(x, y, 4, stride=1)
-                                  - geometry.correspondence(x, y, 4)).max())
-    assert worst < 0.03
-
-
-def test_bad_views():
-    with pytest.raises(ValueError, match="K must be"):
-        view(np.ones((4, 4)), K=np.eye(4))
-    with pytest.raises(ValueError, match="cam2world must be"):
-        view(np.ones((4, 4)), cam2world=np.full((4, 4), np.inf))
-    with pytest.raises(ValueError, match="needs image"):
-        geometry.View(np.zeros((4, 4), np.uint8), np.ones((4, 4)), np.eye(3), np.eye(4))
-    with pytest.raises(ValueError, match="smaller --grid"):
-        geometry.directional_overlap(view(np.ones((4, 9))), view(np.ones((9, 9))), 5)
+    # a wall 2 m away; y stands to the right by one cell's width: x's left column is outside y
+    x, y = view(2.0, side=16), view(2.0, at((2.0 * 4 / 16, 0, 0)), side=16)
+    wanted = np.diag([float(i % 4 > 0) for i in range(1, 16)], -1)
+    assert np.array_equal(geometry.directional_overlap(x, y, 4, stride=1), wanted)
+    itself = view(np.full((30, 50), 1.5))
+    assert np.array_equal(geometry.correspondence(itself, itself, 5), np.eye(25))
+    # a surface before or behind another counts within 5 % or, at half a metre, 5 cm
+    for here, there, seen in ((2, 1.8, 0), (2, 2.08, 1), (2, 2.12, 0), (2, 1.92, 1),
+                              (0.5, 0.54, 1), (0.5, 0.56, 0)):
+        M = geometry.directional_overlap(view(here), view(there), 2)
+        assert np.allclose(M, np.eye(4) * seen)
+    assert not geometry.directional_overlap(view(2.0), view(2.0, at((0, 0, 0), 180)), 3).any()
+    for rows, empty in ((4, True), (5, False)):  # depth on a fifth of a patch, on a quarter
+        depth = np.full((40, 40), 2.0)
+        depth[rows:20, :20] = 0
+        M = geometry.directional_overlap(view(depth), view(2.0), 2, stride=1)
+        assert (M[0].sum() == 0) == empty and np.allclose(M[1:].sum(-1), 1)
+    for x, y in ((view(np.ones((4, 9))), view(1.0)), (view(1.0), view(np.ones((9, 4))))):
+        geometry.directional_overlap(x, y, 4)
+        with pytest.raises(ValueError, match="into 5x5 cells: use a smaller --grid"):
+            geometry.directional_overlap(x, y, 5)
 
 
 # --- actions
 
 
-@pytest.mark.parametrize("action, gaze, up, place", [
+@pytest.mark.parametrize("plan, gaze, up, place", [
     # OpenCV axes of the first camera: x right, y down, z forward
-    ({"turn_right_deg": 90}, (1, 0, 0), (0, -1, 0), (0, 0, 0)),
-    ({"turn_left_deg": 90}, (-1, 0, 0), (0, -1, 0), (0, 0, 0)),
-    ({"turn_up_deg": 90}, (0, -1, 0), (0, 0, -1), (0, 0, 0)),
-    ({"turn_down_deg": 90}, (0, 1, 0), (0, 0, 1), (0, 0, 0)),
-    ({"move_forward_m": 2}, (0, 0, 1), (0, -1, 0), (0, 0, 2)),
-    ({"move_backward_m": 2}, (0, 0, 1), (0, -1, 0), (0, 0, -2)),
-    ({"move_up_m": 2}, (0, 0, 1), (0, -1, 0), (0, -2, 0)),
-    ({"move_down_m": 2}, (0, 0, 1), (0, -1, 0), (0, 2, 0)),
-])
-def test_sign_of_every_action(action, gaze, up, place):
-    pose = geometry.pose_from_actions([action])
-    assert np.allclose(pose[:3, 2], gaze) and np.allclose(-pose[:3, 1], up)
-    assert np.allclose(pose[:3, 3], place)
+    ([{"turn_right_deg": 90}], (1, 0, 0), (0, -1, 0), (0, 0, 0)),
+    ([{"turn_left_deg": 90}], (-1, 0, 0), (0, -1, 0), (0, 0, 0)),
+    ([{"turn_up_deg": 90}], (0, -1, 0), (0, 0, -1), (0, 0, 0)),
+    ([{"turn_down_deg": 90}], (0, 1, 0), (0, 0, 1), (0, 0, 0)),
+    ([{"move_forward_m": 2}], (0, 0, 1), (0, -1, 0), (0, 0, 2)),
+    ([{"move_backward_m": 2}], (0, 0, 1), (0, -1, 0), (0, 0, -2)),
+    ([{"move_up_m": 2}], (0, 0, 1), (0, -1, 0), (0, -2, 0)),
+    ([{"move_down_m": 2}], (0, 0, 1), (0, -1, 0), (0, 2, 0)),
+    # each acts in the frame that the ones before it left behind
+    ([{"turn_right_deg": 90}, {"move_forward_m": 1}, {"turn_left_deg": 90}, {"move_forward_m": 2},
+      {"turn_up_deg": 90}, {"move_forward_m": 3}], (0, -1, 0), (0, 0, -1), (1, -3, 2)),
+    # appendix B.2's example: gaze (sin 30 cos 15, -sin 15, cos 30 cos 15), 1.4 of it, 0.3 of up
+    ([{"turn_right_deg": 30}, {"turn_up_deg": 15}, {"move_forward_m": 1.4}, {"move_up_m": 0.3}],
+     (0.482963, -0.258819, 0.836516), (-0.129410, -0.965926, -0.224144),
+     (0.637325, -0.652124, 1.103880))])
+def test_where_a_plan_leads(plan, gaze, up, place):
+    right, pose = np.cross(gaze, up), geometry.pose_from_actions(plan)
+    wanted = np.array([right, np.negative(up), gaze, place]).T
+    assert np.allclose(pose, [*wanted, (0, 0, 0, 1)], atol=1e-5)
 
 
-def test_each_action_acts_in_the_frame_the_ones_before_left():
-    pose = geometry.pose_from_actions([
-        {"turn_right_deg": 90}, {"move_forward_m": 1}, {"turn_left_deg": 90},
-        {"move_forward_m": 2}, {"turn_up_deg": 90}, {"move_forward_m": 3}])
-    assert np.allclose(pose[:3, 3], [1, -3, 2]) and np.allclose(pose[:3, 2], [0, -1, 0])
+@pytest.mark.parametrize("place, gaze, plan", [
+    ((0, 0, 0), -140, [{"turn_left_deg": 140}]), ((0, -1.5, 0), 0, [{"move_up_m": 1.5}]),
+    ((0.02, 0.03, 0.02), 0, []), ((0, 0, -0.049), 0, []),  # nearer than 5 cm
+    ((0, 0, 0.051), 0, [{"move_forward_m": 0.05}]),
+    ((0.01, 2, 0.02), 0, [{"move_down_m": 2.0}]),  # nearly straight down: not aimed at
+    ((0.1, -2, 0), 0, [{"turn_right_deg": 90}, {"move_forward_m": 0.1}, {"move_up_m": 2.0},
+                       {"turn_left_deg": 90}]),
+    ((0, -1, 0.2), 0, [{"turn_up_deg": 79}, {"move_forward_m": 1.02}, {"turn_down_deg": 79}]),
+    ((0, -1, 0.17), 0, [{"move_forward_m": 0.17}, {"move_up_m": 1.0}]),  # steeper than 80 degrees
+    ((0.02, 0, -2), 0, [{"turn_right_deg": 179}, {"move_forward_m": 2.0}, {"turn_left_deg": 179}]),
+    # 30.4 right, then gaze at 60.8: the rest of the turn counts from the rounded 30
+    ((2 * math.sin(0.53058), 0, 2 * math.cos(0.53058)), 60.8,
+     [{"turn_right_deg": 30}, {"move_forward_m": 2.0}, {"turn_right_deg": 31}])])
+def test_plans_by_hand(place, gaze, plan):
+    got = geometry.actions_from_pose(at(place, gaze))
+    assert json.dumps(got) == json.dumps(plan)  # plain numbers, whole degrees
 
 
-def test_appendix_b2_example():
-    """turn right 30, up 15, forward 1.4, up 0.3, multiplied out by hand."""
-    pose = geometry.pose_from_actions(
-        [{"turn_right_deg": 30}, {"turn_up_deg": 15}, {"move_forward_m": 1.4}, {"move_up_m": 0.3}])
-    s30, c30, s15, c15 = 0.5, math.sqrt(3) / 2, math.sin(math.pi / 12), math.cos(math.pi / 12)
-    gaze = np.array([s30 * c15, -s15, c30 * c15])
-    up = np.array([-s30 * s15, -c15, -c30 * s15])
-    assert np.allclose(pose[:3, 2], gaze) and np.allclose(pose[:3, 3], 1.4 * gaze + 0.3 * up)
-
-
-def roll_free(rng):
-    """A pose whose plan needs no roll: turn, move, turn, in plain angles."""
-    yaw, pitch, distance = rng.uniform(-180, 180), rng.uniform(-75, 75), rng.uniform(0.3, 6)
-    return geometry.pose_from_actions([
-        {"turn_right_deg": yaw}, {"turn_up_deg": pitch}, {"move_forward_m": distance},
-        {"turn_left_deg": rng.uniform(-180, 180)}, {"turn_down_deg": rng.uniform(-80, 80)}])
-
-
-def test_round_trip_roll_free():
-    rng = np.random.default_rng(0)
-    for _ in range(3000):
-        pose = roll_free(rng)
-        back = geometry.pose_from_actions(geometry.actions_from_pose(pose))
-        d_t, d_r = geometry.pose_error(pose, back)
-        # half a degree of yaw and of pitch, half a centimetre
-        assert d_t < 0.006 + np.linalg.norm(pose[:3, 3]) * math.radians(0.71)
-        gaze = math.degrees(math.acos(min(1, pose[:3, 2] @ back[:3, 2])))
-        # rounded yaw, tilted
-        assert gaze < 0.72 and abs(geometry.residual_roll(pose)) < 4 and d_r < 4.1
-
-
-def test_round_trip_any_rotation():
-    """With roll: place and gaze come back, and the roll that is lost is what residual_roll says."""
+def test_plans_lead_where_the_pose_is():
+    """Any rotation, any place: both come back up to rounding (half a degree of yaw and pitch, half
+    a centimetre), and the roll that is lost is what residual_roll says."""
     rng = np.random.default_rng(1)
-    for _ in range(3000):
-        pose = np.eye(4)
-        pose[:3, :3], pose[:3, 3] = rotation(rng), rng.normal(size=3) * rng.choice([0.1, 1, 5])
+    for _ in range(400):
+        pose = geometry.pose_from_actions([
+            {name: rng.uniform(-180, 180)} for name in ("turn_right_deg", "turn_up_deg") * 2])
+        pose[:3, 3] = rng.normal(size=3) * rng.choice([0.1, 1, 5])
         back = geometry.pose_from_actions(geometry.actions_from_pose(pose))
-        distance = np.linalg.norm(pose[:3, 3])
         d_t, d_r = geometry.pose_error(pose, back)
-        level = math.hypot(pose[0, 3], pose[2, 3])  # under 5 cm beside a steep target: not aimed at
-        assert d_t < 0.006 + max(distance * math.radians(0.71), 0.05 if level < 0.05 else 0)
+        aside = math.hypot(pose[0, 3], pose[2, 3])  # under 5 cm of a steep target: not aimed at
+        rounding = 0.006 + np.linalg.norm(pose[:3, 3]) * math.radians(0.71)
+        assert d_t < max(rounding, 0.056 if aside < 0.05 else 0)
         assert math.degrees(math.acos(min(1, pose[:3, 2] @ back[:3, 2]))) < 0.72
         assert abs(d_r - abs(geometry.residual_roll(pose))) < 0.8
 
 
-def test_residual_roll_by_hand():
-    for roll in (-100, -20, 0, 35, 170):
-        a = math.radians(roll)
-        pose = np.eye(4)
-        pose[:3, :3] = [[math.cos(a), -math.sin(a), 0], [math.sin(a), math.cos(a), 0], [0, 0, 1]]
-        assert geometry.actions_from_pose(pose) == []
-        assert abs(geometry.residual_roll(pose) - roll) < 1e-9
-
-
-@pytest.mark.parametrize("place, plan", [
-    ((0, 0, 0), []),
-    ((0.02, 0.03, 0.02), []),  # nearer than 5 cm
-    ((0, 0, 1.234), [{"move_forward_m": 1.23}]),
-    ((0, -1.5, 0), [{"move_up_m": 1.5}]),
-    ((0.01, 2, 0.02), [{"move_down_m": 2.0}]),
-    ((0.1, -2, 0), [{"turn_right_deg": 90}, {"move_forward_m": 0.1}, {"move_up_m": 2.0},
-                    {"turn_left_deg": 90}]),
-    ((1, 0, 1), [{"turn_right_deg": 45}, {"move_forward_m": 1.41}, {"turn_left_deg": 45}]),
-    ((0, 0, -2), [{"turn_right_deg": 180}, {"move_forward_m": 2.0}, {"turn_left_deg": 180}]),
-])
-def test_plans_by_hand(place, plan):
-    pose = np.eye(4)
-    pose[:3, 3] = place
-    got = geometry.actions_from_pose(pose)
-    if place == (0, 0, -2):  # turning about may go either way round
-        got = [{k.replace("left", "right"): v for k, v in a.items()} for a in got]
-        plan = [{k.replace("left", "right"): v for k, v in a.items()} for a in plan]
-    assert got == plan
-    json.dumps(got)  # plain numbers
-
-
-@pytest.mark.parametrize("actions", [
-    [{"fly_m": 1}], [{"turn_left_deg": "3"}], [{"turn_left_deg": math.inf}],
-    [{"move_up_m": math.nan}], [{"move_up_m": True}], [{}], [{"move_up_m": 1, "move_down_m": 1}],
-    ["move_up_m"], [None], [{"move_up_m": 10**400}],
-])
-def test_bad_actions(actions):
-    with pytest.raises(ValueError):
-        geometry.pose_from_actions(actions)
-
-
-def test_pose_error_by_hand():
-    a = np.eye(4)
-    b = geometry.pose_from_actions([{"move_forward_m": 3}, {"move_up_m": 4}, {"turn_left_deg": 60}])
-    assert np.allclose(geometry.pose_error(a, b), (5, 60))
-    assert geometry.pose_error(b, b) == (0, 0)
-    tiny = geometry.pose_from_actions([{"turn_up_deg": 1e-6}])
-    assert abs(geometry.pose_error(a, tiny)[1] - 1e-6) < 1e-12  # an arc cosine of the trace gives 0
-    assert abs(geometry.pose_error(a, np.diag([-1.0, 1, -1, 1]))[1] - 180) < 1e-6
-
-
-def test_relative_pose_is_camera_j_seen_by_camera_i():
-    i, j = geometry.look((1, 2, 1.5), 0, 0), geometry.look((3, 2, 1.5), math.pi / 2, 0)
-    pose = geometry.relative_pose(i, j)
-    assert np.allclose(pose[:3, 3], [0, 0, 2])  # two metres ahead
-    assert np.allclose(pose[:3, 2], [-1, 0, 0])  # looking left: from x to y is anticlockwise
-    assert geometry.actions_from_pose(pose) == [{"move_forward_m": 2.0}, {"turn_left_deg": 90}]
+def test_poses_by_hand():
+    a, plan = np.eye(4), geometry.pose_from_actions
+    b = plan([{"move_forward_m": 3}, {"move_up_m": 4}, {"turn_left_deg": 60}])
+    assert np.allclose(geometry.pose_error(a, b), (5, 60)) and geometry.pose_error(b, b) == (0, 0)
+    assert abs(geometry.pose_error(a, at((0, 0, 0), 180))[1] - 180) < 1e-6
+    d_r = geometry.pose_error(a, plan([{"turn_up_deg": 1e-6}]))[1]
+    assert abs(d_r - 1e-6) < 1e-12  # an arc cosine of the trace gives 0
+    pose = geometry.relative_pose(at((1, 2, 3), 90), at((3, 2, 3)))
+    assert np.allclose(pose[:3, 3], [0, 0, 2])  # i looks along x: j is two metres ahead
+    assert np.allclose(pose[:3, 2], [-1, 0, 0])  # and looks along z, to i's left
+    for roll in (-100, 0, 35, 170):
+        c, s = math.cos(math.radians(roll)), math.sin(math.radians(roll))
+        a[:2, :2] = [[c, -s], [s, c]]
+        assert geometry.actions_from_pose(a) == []
+        assert abs(geometry.residual_roll(a) - roll) < 1e-9
+    for wrong in ({"fly_m": 1}, {"turn_left_deg": "3"}, {"move_up_m": math.inf}, {}, "move_up_m",
+                  {"move_up_m": math.nan}, {"move_up_m": True}, {"move_up_m": 10**400}, None,
+                  {"move_up_m": 1, "move_down_m": 1}):
+        with pytest.raises(ValueError):
+            plan([wrong])
 
 
 # --- reading SPAR-7M-RGBD
 
 
-def write_tree(root, source="scannet", scene="scene0000_00", image=(64, 48), depth=(64, 48), K=None,
-               frames=2, task="view_change_infer", kind="fill", record=None, pose=None):
-    """A tree with one sample, written by hand."""
-    folder = root / source / "images" / scene
+def say(*turns):
+    return {"conversations": [{"from": who, "value": text} for who, text in turns]}
+
+
+def annotate(root, lines, split="train", task="view_change_infer", kind="fill", source="scannet"):
+    """Write a file of annotations, a dict a line; what is missing there is filled in."""
+    path = root / source / "qa_jsonl" / split / task / kind / f"{kind}_{len(lines)}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    filled = {"image": "a.jpg", **say(("human", "How?"), ("gpt", "So."))}
+    path.write_text("".join(json.dumps({"id": f"s{k}", **filled, **line}) + "\n"
+                            for k, line in enumerate(lines)))
+    return path
+
+
+def write_tree(root, image=(64, 48), depth=(64, 48), K="60 0 31.5 0 60 23.5 0 0 1",
+               pose=np.eye(4), source="scannet"):
+    """A scene of two frames. Returns its folder, and the sample about both."""
+    folder = root / source / "images/scene"
     for sub in ("image_color", "image_depth", "pose", "intrinsic"):
-        (folder / sub).mkdir(parents=True, exist_ok=True)
-    pose = np.eye(4) if pose is None else pose
-    if K is None:
-        K = np.array([[60.0, 0, (depth[0] - 1) / 2], [0, 60.0, (depth[1] - 1) / 2], [0, 0, 1]])
-    K4 = np.eye(4)
-    K4[:3, :3] = K
-    for name in range(frames):
-        Image.new("RGB", image, (90, 90, 90)).save(folder / "image_color" / f"{name}.jpg")
-        Image.fromarray(np.full(depth[::-1], 1500, np.uint16)).save(
-            folder / "image_depth" / f"{name}.png")
-        np.savetxt(folder / "pose" / f"{name}.txt", pose)
-        if source == "structured3d":
-            np.savetxt(folder / "intrinsic" / f"{name}.txt", K)
-    if source != "structured3d":
-        np.savetxt(folder / "intrinsic" / "intrinsic_color.txt", K4)
-        np.savetxt(folder / "intrinsic" / "intrinsic_depth.txt", K4)
-    names = [f"{scene}/image_color/{name}.jpg" for name in range(frames)]
-    line = {"id": f"{scene}_0", "image": names, "type": task,
-            "conversations": [{"from": "human", "value": "How?"}, {"from": "gpt", "value": "So."}]}
-    line.update(record or {})
-    qa = root / source / "qa_jsonl" / "train" / task / kind
-    qa.mkdir(parents=True, exist_ok=True)
-    (qa / f"{kind}_1.jsonl").write_text(json.dumps(line) + "\n")
-    return folder
+        (folder / sub).mkdir(parents=True)
+    (folder / "intrinsic/intrinsic_depth.txt").write_text(K)
+    for k in range(2):
+        Image.new("RGB", image, (90, 90, 90)).save(folder / f"image_color/{k}.jpg")
+        millimetres = np.full(depth[::-1], 1500 + k, np.uint16)
+        Image.fromarray(millimetres).save(folder / f"image_depth/{k}.png")
+        np.savetxt(folder / f"pose/{k}.txt", pose)
+    annotate(root, [{"image": [f"scene/image_color/{k}.jpg" for k in range(2)]}], source=source)
+    return folder, next(s for s in geometry.load_samples(root) if s.source == source)
 
 
-def test_scannet_habits(tmp_path):
-    write_tree(tmp_path)
-    (sample,) = geometry.load_samples(tmp_path)
-    assert (sample.kind, sample.task, sample.question, sample.answer) == (
-        "fill", "view_change_infer", "How?", "So.")
-    x, y = sample.views()  # depth maps named by derivation: the record has no `depth`
-    assert x.depth.dtype == np.float32 and np.all(x.depth == 1.5) and x.image.shape == (48, 64, 3)
-    assert x.K[0, 0] == 60 and x.K[0, 2] == 31.5
+def encoded(pixels, mode=None, file="PNG", **save):
+    """The bytes of a picture file."""
+    image, said = Image.fromarray(pixels, mode), io.BytesIO()
+    if mode == "P":
+        image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    image.save(said, file, **save)
+    return said.getvalue()
 
 
-def test_structured3d_habits(tmp_path):
-    """Poses in millimetres, 3x3 intrinsics per frame."""
-    pose = np.eye(4)
-    pose[:3, 3] = [1200, -300, 50]
-    write_tree(tmp_path, source="structured3d", scene="scene_00806", pose=pose)
-    (sample,) = geometry.load_samples(tmp_path)
-    assert np.allclose(sample.view(1).cam2world[:3, 3], [1.2, -0.3, 0.05])
-    assert np.allclose(np.diag(sample.view(0).K), [60, 60, 1])
+def test_what_a_frame_is(tmp_path):
+    """ScanNet: depth in millimetres, named after the picture where the record does not say; 4x4
+    intrinsics a scene. Structured3D: poses in millimetres, too, and 3x3 intrinsics a frame."""
+    scene = "60 0 31.5 0  0 60 23.5 0  0 0 1 0  0 0 0 1"
+    _, scannet = write_tree(tmp_path, K=scene, pose=at((1, 2, 3)))
+    folder, structured = write_tree(tmp_path, pose=at((1200, -300, 50)), source="structured3d")
+    (folder / "intrinsic/intrinsic_depth.txt").rename(folder / "intrinsic/1.txt")
+    x, y = scannet.views()
+    assert x.depth.dtype == np.float32 and np.all(x.depth == 1.5) and np.allclose(y.depth, 1.501)
+    assert x.image.shape == (48, 64, 3) and np.all(x.image == 90)
+    for its, place in ((y, (1, 2, 3)), (structured.view(1), (1.2, -0.3, 0.05))):
+        assert np.allclose(its.cam2world, at(place))
+        assert np.array_equal(its.K, [[60, 0, 31.5], [0, 60, 23.5], [0, 0, 1]])
+    annotate(tmp_path, [{"image": "s/video_color/frame0_7.jpg"}])  # frames of videos
+    video = geometry.load_samples(tmp_path)[0]
+    assert video.depths == [tmp_path / "scannet/images/s/video_depth/frame0_7.png"]
+    with pytest.raises(geometry.DataError, match="s/video_pose/frame0_7.txt: cannot be read"):
+        video.pose(0)
 
 
-def test_scannetpp_habits(tmp_path):
-    """Depth smaller than the image that its K belongs to: fx scales, cx by pixel centres."""
-    K = np.array([[1440.0, 0, 955], [0, 1440.0, 718], [0, 0, 1]])
-    write_tree(tmp_path, source="scannetpp", scene="8a20d62ac0", image=(1920, 1440),
-               depth=(256, 192), K=K)
-    view = geometry.load_samples(tmp_path)[0].view(0)
-    s = 256 / 1920
-    assert np.allclose(view.K, [[1440 * s, 0, 955.5 * s - 0.5], [0, 1440 * s, 718.5 * s - 0.5],
-                                [0, 0, 1]])
-    assert view.image.shape == (1440, 1920, 3) and view.depth.shape == (192, 256)
+@pytest.mark.parametrize("image, depth, K, wanted", [  # K: fx, fy, cx, cy
+    # one size: K as it is where its principal point lies in the middle 80 % of the grid
+    ((224, 224), (224, 224), (128, 130, 80, 111.5), (128, 130, 80, 111.5)),
+    ((100, 100), (100, 100), (90, 90, 10, 89), (90, 90, 10, 89)),
+    ((100, 100), (100, 100), (90, 90, 9, 49.5), None),
+    ((100, 100), (100, 100), (90, 90, 49.5, 90), None),
+    ((320, 240), (320, 240), (600, 610, 319.5, 239.5), (300, 305, 159.5, 119.5)),  # both halved
+    # ScanNet: the depth map's own, or the colour camera's; ScanNet++: always the latter
+    ((1296, 968), (640, 480), (577.87, 578.73, 319.5, 239.5), (577.87, 578.73, 319.5, 239.5)),
+    ((1296, 968), (640, 480), (1296, 968, 647.75, 483.75),
+     (640, 480, 648.25 / 1296 * 640 - 0.5, 484.25 / 968 * 480 - 0.5)),
+    ((1920, 1440), (256, 192), (1440, 1440, 955, 718),
+     (192, 192, 955.5 * 256 / 1920 - 0.5, 718.5 * 192 / 1440 - 0.5)),
+    # picture and depth both resized: a larger grid of their shape, which K's own centre tells
+    ((320, 240), (160, 120), (1000, 1000, 639.5, 479.5), (125, 125, 79.5, 59.5)),
+    ((320, 240), (160, 120), (1000, 1000, 639.5, 270), None),  # of another shape
+    ((320, 240), (160, 120), (150, 150, 125, 90), None),  # not larger, and nobody's centre
+    ((320, 240), (160, 120), (577, 577, 639.5, -0.5), None)])  # outside
+def test_which_grid_intrinsics_belong_to(tmp_path, image, depth, K, wanted):
+    write = "{0} 0 {2} 0 {1} {3} 0 0 1".format
+    _, sample = write_tree(tmp_path, image, depth, write(*K))
+    if wanted:
+        K = np.array(write(*wanted).split(), float).reshape(3, 3)
+        assert np.allclose(sample.view(0).K, K, atol=1e-9)
+    else:
+        with pytest.raises(geometry.DataError, match="intrinsic_depth.txt: .*not intrinsics of a"):
+            sample.view(0)
 
 
-def test_intrinsics_of_neither_grid(tmp_path):
-    """Image and depth both resized after K was stated: its own centre tells its grid."""
-    K = np.array([[1000.0, 0, 639.5], [0, 1000.0, 479.5], [0, 0, 1]])
-    write_tree(tmp_path, image=(320, 240), depth=(160, 120), K=K)
-    assert np.allclose(geometry.load_samples(tmp_path)[0].view(0).K,
-                       [[125, 0, 79.5], [0, 125, 59.5], [0, 0, 1]])
-
-
-def test_question_with_image_tags(tmp_path):
-    turns = [{"from": "human", "value": "<image>\n<image>\nHow far?"},
-             {"from": "gpt", "value": "2.0"}]
-    write_tree(tmp_path, record={"conversations": turns})
-    assert geometry.load_samples(tmp_path)[0].question == "How far?"
-
-
-def test_filters_and_order(tmp_path):
-    write_tree(tmp_path, task="view_change_infer", kind="fill")
-    write_tree(tmp_path, task="position_matching", kind="select", scene="scene0001_00")
-    write_tree(tmp_path, task="position_matching", kind="sentence", scene="scene0002_00")
-    load = geometry.load_samples
-    assert [(s.task, s.kind) for s in load(tmp_path)] == [
-        ("position_matching", "select"), ("view_change_infer", "fill")]
-    assert len(load(tmp_path, tasks=("position_matching",))) == 1
-    assert len(load(tmp_path, kinds=("sentence",))) == 1
-    assert len(load(tmp_path, kinds=("select", "fill", "sentence"))) == 3
-    assert load(tmp_path)[-1].task == "view_change_infer" and len(load(tmp_path)[:5]) == 2
-    with pytest.raises(IndexError):
-        load(tmp_path)[2]
-
-
-def test_index_of_many_lines(tmp_path):
-    """Blank lines, Windows line ends, no final line end; blocks that cut lines anywhere."""
-    write_tree(tmp_path)
-    path = tmp_path / "scannet/qa_jsonl/train/view_change_infer/fill/fill_1.jsonl"
-    record = json.loads(path.read_text())
-    rng = np.random.default_rng(0)
-    text, ids = "", []
-    for k in range(50):
-        text += "\n" * int(rng.integers(3)) + json.dumps(
-            {**record, "id": f"s{k}", "pad": "x" * int(rng.integers(90))})
-        text += "\r\n" if k % 2 else ("\n" if k < 49 else "")
-        ids.append(f"s{k}")
-    path.write_bytes(text.encode())
-    assert [s.id for s in geometry.load_samples(tmp_path)] == ids
-    whole = geometry._line_offsets(path)
-    for block in (1, 7, 100):
-        assert np.array_equal(geometry._line_offsets(path, block), whole)
-
-
-def red(picture):
-    rgb = np.asarray(picture).astype(int)
-    return (rgb[..., 0] > 200) & (rgb[..., 1] < 90) & (rgb[..., 2] < 90)
-
-
-def test_markers_at_native_size(tmp_path):
-    """On 1296x968 a point is a disc of radius 20, on the image that point_img_idx names."""
-    record = {"red_point": [[500, 250]], "blue_point": [[100, 100]], "point_img_idx": [[1, 0]]}
-    write_tree(tmp_path, image=(1296, 968), depth=(640, 480), task="depth_prediction_oc_mv",
-               record=record)
-    first, second = geometry.load_samples(tmp_path)[0].pictures()
-    v, u = np.nonzero(red(second))
-    assert (u.min(), u.max(), v.min(), v.max()) == (648 - 20, 648 + 20, 242 - 20, 242 + 20)
-    assert abs(len(u) - math.pi * 20**2) < 80 and not red(first).any()
-    assert np.asarray(first)[96, 129, 2] > 200  # blue is on the first
-
-
-def test_box_outline_at_native_size(tmp_path):
-    write_tree(tmp_path, image=(1296, 968), depth=(640, 480), task="position_matching",
-               record={"red_bbox": [[250, 250, 500, 500]]})
-    first, second = geometry.load_samples(tmp_path)[0].pictures()
-    v, u = np.nonzero(red(first))
-    assert abs(u.min() - (324 - 17.5)) <= 1 and abs(v.max() - (484 + 17.5)) <= 1
-    assert not red(first)[363, 486] and red(first)[363, 315] and not red(second).any()
-
-
-@pytest.mark.parametrize("task, index, colours, where", [
-    ("distance_infer_center_oo_mv", [1, 0, 1], ("red", "green", "blue"), (1, 0, 1)),
-    ("depth_prediction_oo_mv", [1, 0, 0], ("red", "blue", "green"), (1, 0, 0)),
-    ("obj_spatial_relation_oo_mv", [1, 0], ("blue", "green"), (1, 0)),
-    ("spatial_imagination_oc_mv", [0, 1, 1], ("green", "blue", "red"), (0, 1, 1)),
-    ("obj_spatial_relation_oc_mv", [1, 0], ("red", "blue"), (1, 1)),
-    ("view_change_infer", [0, 0], ("red", "blue"), (None, None)),
-])
-def test_marker_order(tmp_path, task, index, colours, where):
-    shape = "bbox" if task.startswith("obj") else "point"
-    mark = {"point": [500, 500], "bbox": [300, 300, 600, 600]}[shape]
-    record = {f"{colour}_{shape}": [mark] for colour in colours} | {f"{shape}_img_idx": [index]}
-    write_tree(tmp_path, image=(1280, 960), depth=(640, 480), task=task, record=record)
-    sample = geometry.load_samples(tmp_path)[0]
-    drawn = []
-    sample_draw = geometry._draw_marker
-    try:
-        pictures = {}
-        geometry._draw_marker = lambda picture, mark, rgb: drawn.append(
-            (pictures.setdefault(id(picture), picture), rgb))
-        shown = sample.pictures()
-    finally:
-        geometry._draw_marker = sample_draw
-    got = {rgb: next(k for k, p in enumerate(shown) if p is picture) for picture, rgb in drawn}
-    wanted = {geometry.MARKER_RGB[c]: w for c, w in zip(colours, where) if w is not None}
-    assert got == wanted
-
-
-@pytest.mark.parametrize("record", [
-    {"red_point": [5, 5]}, {"red_point": [[500, 500]], "point_img_idx": [7]},
-    {"red_point": [[500, 500]], "point_img_idx": [[7]]}, {"red_bbox": [["a", 1, 2, 3]]},
-])
-def test_markers_that_cannot_be_drawn(tmp_path, record):
-    write_tree(tmp_path, task="position_matching", record=record)
-    with pytest.raises(geometry.DataError, match="scene0000_00_0: its point or box fields"):
-        geometry.load_samples(tmp_path)[0].pictures()
-
-
-def test_box_with_swapped_corners(tmp_path):
-    write_tree(tmp_path, task="position_matching", record={"red_bbox": [[600, 700, 200, 300]]})
-    assert red(geometry.load_samples(tmp_path)[0].pictures()[0]).any()
-
-
-# --- bad input: one line that names the thing
-
-
-@pytest.mark.parametrize("harm, message", [
-    (lambda f: (f / "image_depth/1.png").unlink(), "1.png: no such depth map"),
-    (lambda f: (f / "image_color/1.jpg").write_bytes(b"\xff\xd8 not a jpg"),
-     "1.jpg: cannot be read as an image"),
-    (lambda f: (f / "image_color/1.jpg").write_bytes((f / "image_color/1.jpg").read_bytes()[:300]),
-     "1.jpg: cannot be read as an image"),
-    (lambda f: (f / "pose/1.txt").write_text("inf " * 16), "1.txt: holds inf or NaN"),
-    (lambda f: (f / "pose/1.txt").write_text("0 " * 16), "1.txt: not a rigid pose"),
-    (lambda f: (f / "pose/1.txt").write_text("1 2 3"), "1.txt: holds 3 numbers, expected 4x4"),
-    (lambda f: (f / "pose/1.txt").unlink(), "1.txt: cannot be read as a matrix"),
-    (lambda f: (f / "intrinsic/intrinsic_depth.txt").write_text("1 0 0 1"),
-     "holds 4 numbers, expected 3x3 or 4x4"),
-    (lambda f: Image.new("RGB", (64, 48)).save(f / "image_depth/1.png"),
-     "a depth map is a 16-bit one-channel png"),
-    (lambda f: Image.fromarray(np.ones((64, 48), np.uint16)).save(f / "image_depth/1.png"),
-     "differ in shape"),
-])
-def test_frames_that_cannot_be_read(tmp_path, harm, message):
-    folder = write_tree(tmp_path)
-    harm(folder)
+@pytest.mark.parametrize("file, content, message", [
+    ("image_depth/1.png", b"", "image_depth/1.png: cannot be read as an image"),
+    ("image_color/1.jpg", encoded(np.ones((48, 64), np.uint8))[:-30], "1.jpg: cannot be read"),
+    ("image_depth/1.png", encoded(np.ones((48, 64, 3), np.uint8)), "a 16-bit one-channel png"),
+    ("image_depth/1.png", encoded(np.ones((48, 64), np.uint8)), "this one is uint8"),
+    ("image_depth/1.png", encoded(np.zeros((48, 64), np.uint16)), "1.png: no pixel has depth"),
+    ("image_depth/1.png", encoded(np.ones((48, 62), np.uint16)), "62x48 pixels and .* 64x48"),
+    ("image_depth/1.png", encoded(np.ones((48, 66), np.uint16)), "66x48 .*differ in shape"),
+    ("pose/1.txt", b"1 2 3", "1.txt: holds 3 numbers, expected 4x4"),
+    ("pose/1.txt", b"inf " * 16, "1.txt: holds inf or NaN"),
+    ("pose/1.txt", b"1 0 0 0  0 1 0.02 0  0 0 1 0  0 0 0 1", "1.txt: not a rigid pose"),
+    ("pose/1.txt", b"1 0 0 0  0 1 0 0  0 0 1 0  1 2 3 1", "1.txt: not a rigid pose"),
+    ("intrinsic/1.txt", b"1 0 0 1", "intrinsic/1.txt: holds 4 numbers, expected 3x3 or 4x4"),
+    ("intrinsic/1.txt", b"60 0 31 0 60 23 0 0.1 1", "last row .*not intrinsics"),
+    ("intrinsic/1.txt", b"0 0 31 0 60 23 0 0 1", "fx 0, .*not intrinsics"),
+    ("intrinsic/1.txt", b"60 0 31 0 -1 23 0 0 1", "fy -1, .*not intrinsics"),
+    ("intrinsic/1.txt", b"60 0 70 0 60 23 0 0 1", "cx 70, .*not intrinsics")])
+def test_frames_that_cannot_be_used(tmp_path, file, content, message):
+    folder, sample = write_tree(tmp_path)
+    (folder / file).write_bytes(content)
     with pytest.raises(geometry.DataError, match=message) as caught:
-        geometry.load_samples(tmp_path)[0].view(1)
+        sample.view(1)
     assert "\n" not in str(caught.value)
 
 
-def test_trees_that_cannot_be_read(tmp_path):
-    with pytest.raises(geometry.DataError, match="no such directory"):
-        geometry.load_samples(tmp_path / "nowhere")
-    with pytest.raises(geometry.DataError, match=r"found there: nothing"):
-        geometry.load_samples(tmp_path)
-    write_tree(tmp_path, kind="sentence")
-    with pytest.raises(geometry.DataError, match=r"found there: view_change_infer/sentence"):
-        geometry.load_samples(tmp_path)
-    path = next(tmp_path.glob("*/qa_jsonl/train/*/*/*.jsonl"))
-    good = json.loads(path.read_text())
-    for line in ("{broken", '{"id": 3}', "[1, 2, 3]", '{"conversations": 5, "image": []}',
-                 json.dumps({**good, "image": [None]}), json.dumps({**good, "image": [3, 4]})):
-        path.write_text(line + "\n")
-        with pytest.raises(geometry.DataError, match="byte 0: not a SPAR record"):
-            geometry.load_samples(tmp_path, kinds=("sentence",))[0]
+@pytest.mark.parametrize("line, fine", [
+    *((say(*turns), True) for turns in (  # who speaks counts, not the order
+        [("human", "<image>\n<image>\nHow far?"), ("gpt", " 2.0\n")],
+        [("system", "You are a helpful assistant."), ("human", "How far?"), ("gpt", "2.0")],
+        [("gpt", "2.0"), ("human", " How far?")], [("user", "How far?"), ("assistant", "2.0")],
+        [("human", "Frame-0: <image>\nFrame-1: <image>\nHow far?"), ("gpt", "2.0")])),
+    *((say(*turns), False) for turns in (
+        [("human", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "d")],  # two rounds
+        [("human", "a"), ("human", "b"), ("gpt", "c")], [("human", "a")], [("gpt", "b")],
+        [("system", "a"), ("gpt", "b")], [("human", "a"), ("tool", "b")], [("human", 3)])),
+    *((line, False) for line in (
+        "{broken", "[1, 2, 3]", {"image": 0}, {"image": []}, {"image": [3]}, {"conversations": 5},
+        {"image": ["a.jpg", "b.jpg"], "depth": ["a.png"]}))])
+def test_what_a_line_says(tmp_path, line, fine):
+    """File and line of what is no sample are named; blank lines, Windows line ends, no final line
+    end, and blocks that cut lines anywhere do no harm."""
+    path = annotate(tmp_path, [{}])
+    good = path.read_text().strip()
+    line = line if isinstance(line, str) else json.dumps({**json.loads(good), **line})
+    path.write_bytes(f"\n{good}\r\n\r\n{line}\n{good}".encode())
+    samples = geometry.load_samples(tmp_path)
+    assert len(samples) == 3 and samples[0].answer == samples[2].answer == "So."
+    if fine:
+        assert (samples[1].question, samples[1].answer) == ("How far?", "2.0")
+    else:
+        with pytest.raises(geometry.DataError, match="fill_1.jsonl, line 4: not a SPAR record"):
+            samples[1]
+    for block in (1, 7, 100):
+        assert np.array_equal(geometry._line_offsets(path, block), samples.offset)
+
+
+def test_filters_and_order(tmp_path):
+    annotate(tmp_path, [{}], task="position_matching", kind="sentence")
+    for root, message in ((tmp_path / "nowhere", "no such directory"),
+                          (tmp_path, "in any; found there: position_matching/sentence")):
+        with pytest.raises(geometry.DataError, match=message):
+            geometry.load_samples(root)
+    annotate(tmp_path, [{}] * 2)
+    annotate(tmp_path, [{}] * 3, task="position_matching", kind="select")
+    annotate(tmp_path, [{}], split="val")
+    samples = geometry.load_samples(tmp_path)
+    assert [(s.task, s.kind, s.id) for s in samples] == [
+        *(("position_matching", "select", f"s{k}") for k in range(3)),
+        *(("view_change_infer", "fill", f"s{k}") for k in range(2))]
+    assert samples[-2].task == "view_change_infer" and len(samples[1:9]) == 4
+    for count, given in ((3, {"tasks": ("position_matching",)}), (1, {"kinds": ("sentence",)}),
+                         (6, {"kinds": ("select", "fill", "sentence")}), (1, {"split": "val"})):
+        assert len(geometry.load_samples(tmp_path, **given)) == count
+    for outside in (5, -6):
+        with pytest.raises(IndexError):
+            samples[outside]
+
+
+# --- pictures and markers
+
+
+@pytest.mark.parametrize("file, wanted", [
+    (encoded(np.uint8([[0, 100, 255]])), [0, 100, 255]),
+    (encoded(np.uint16([[0, 25700, 65535]])), [0, 100, 255]),
+    (encoded(np.uint16([[0, 257, 5140]])), [0, 1, 20]),  # 16 bits, however dark
+    (encoded(np.int32([[-9, 25700, 65535]]), file="TIFF"), [0, 100, 255]),
+    (encoded(np.int32([[0, 2**30, 2**31 - 1]]), file="TIFF"), [0, 128, 255]),
+    (encoded(np.uint8([[[9, 9, 9, 0], [9, 9, 9, 255], [0, 0, 0, 51]]])), [255, 9, 204]),  # RGBA
+    (encoded(np.uint8([[[9, 0], [9, 255], [0, 51]]]), "LA"), [255, 9, 204]),
+    (encoded(np.uint8([[0, 1, 2]]), "P", transparency=1), [[255, 0, 0], 255, [0, 0, 255]]),
+    (encoded(np.float32([[0, 0.5, 1]]), file="TIFF"), "pixels are floats; save it with 8 or 16"),
+    (b"GIF", "cannot be read as an image")])
+def test_one_function_opens_every_picture(tmp_path, file, wanted):
+    """16 and 32 bits are scaled, what is transparent lies on white; from a path or from bytes."""
+    (tmp_path / "a.png").write_bytes(file)
+    for source, name in ((tmp_path / "a.png", None), (io.BytesIO(file), "a.png")):
+        if isinstance(wanted, str):
+            with pytest.raises(geometry.DataError, match=f"a.png: {wanted}"):
+                geometry.open_image(source, name)
+        else:
+            image = geometry.open_image(source, name)
+            pixels = np.stack([np.broadcast_to(its, 3) for its in wanted])
+            assert image.mode == "RGB" and np.array_equal(np.asarray(image)[0], pixels)
+
+
+def where(picture, colour):
+    """Which pixels have this colour, roughly: jpeg."""
+    return np.abs(np.asarray(picture).astype(int) - geometry.MARKER_RGB[colour]).max(-1) < 70
+
+
+def marked(sample, task, **markers):
+    return dataclasses.replace(sample, task=task, markers=markers).pictures()
+
+
+@pytest.mark.parametrize("W, H, unit", [(1296, 968, 20), (640, 480, 10)])
+def test_markers_in_pixels(tmp_path, W, H, unit):
+    """A point is a disc of radius 20 at native size, a box an outline 20 wide and 17.5 larger;
+    smaller pictures get smaller marks. Corners may be swapped."""
+    first, second = marked(
+        write_tree(tmp_path, (W, H))[1], "position_matching", red_point=[[500, 250]],
+        point_img_idx=[[1]], blue_bbox=[[500, 500, 250, 250]], bbox_img_idx=[[0]])
+    v, u = np.indices((H, W))
+    disc = (u - W // 2) ** 2 + (v - H // 4) ** 2 <= unit**2
+    outside = np.maximum(abs(u - W * 3 / 8) - W / 8, abs(v - H * 3 / 8) - H / 8) / unit
+    assert (where(second, "red") != disc).sum() < 2 * math.pi * unit  # of a pixel along the edge
+    assert (where(first, "blue") != (abs(outside - 3 / 8) < 1 / 2)).sum() < W + H
+    assert not where(first, "red").any() and not where(second, "blue").any()
+
+
+def test_which_picture_each_colour_is_on(tmp_path):
+    _, sample = write_tree(tmp_path, (640, 480))
+    for task, shape, index, colours, pictures in (
+            ("distance_infer_center_oo_mv", "point", [1, 0, 1], "red green blue", [1, 0, 1]),
+            ("depth_prediction_oo_mv", "point", [1, 0, 0], "red blue green", [1, 0, 0]),
+            ("obj_spatial_relation_oo_mv", "bbox", [1, 0], "blue green", [1, 0]),
+            ("spatial_imagination_oc_mv", "bbox", [0, 1, 1], "green blue red", [0, 1, 1]),
+            ("spatial_imagination_oo_mv", "bbox", [0, 1], "green blue red yellow", [0, 1, 1, 1]),
+            ("obj_spatial_relation_oc_mv", "bbox", [1, 0], "red blue", [1, 1]),
+            ("depth_prediction_oc", "point", [], "red blue", [0, 0]),
+            ("view_change_infer", "point", [0], "red blue", [])):
+        size, colours = {"point": 2, "bbox": 4}[shape], colours.split()
+        marks = {f"{colour}_{shape}": [[200 * k + 100, 400, 200 * k + 150, 600][:size]]
+                 for k, colour in enumerate(colours)}
+        shown = marked(sample, task, **marks, **{f"{shape}_img_idx": [index]})
+        found = [k for its in colours for k in range(2) if where(shown[k], its).sum() > 150]
+        assert found == pictures, task
+    for wrong in ({"red_point": [5, 5]}, {"red_point": [[500, 500]], "point_img_idx": [7]},
+                  {"red_point": [[500, 500]], "point_img_idx": [[2]]}, {"red_bbox": [["a", 1]]}):
+        with pytest.raises(geometry.DataError, match="s0: its point or box fields cannot be read"):
+            marked(sample, "position_matching", **wrong)
+
+
+# --- the walk through a data set
+
+FRAME = "scene/image_color/{}.jpg".format
+KEPT = {k for k in range(100) if zlib.crc32(FRAME(k).encode()) % 10 == 0}  # one in ten, by name
+
+
+def test_fingerprint(tmp_path):
+    """A function of names and contents, not of the order asked in, nor of where the folder lies."""
+    known = []
+    for k, (names, texts) in enumerate((("ab", ("one", "two")), ("ab", ("one", "tw0")),
+                                        ("ac", ("one", "two")), ("ab", ("two", "one")),
+                                        ("ab", ("on", "etwo")), ("a", ("one",)))):
+        paths = [tmp_path / str(k) / name for name in names]
+        paths[0].parent.mkdir()
+        for path, text in zip(paths, texts):
+            path.write_text(text)
+        known.append(geometry.fingerprint(paths))
+        assert known[k] == geometry.fingerprint(paths[::-1]) and len(known[k]) == 8
+    moved = (tmp_path / "0").rename(tmp_path / "moved")
+    assert geometry.fingerprint(moved.iterdir()) == known[0] and len(set(known)) == len(known)
+
+
+def make_walk(root, count=1000, seed=0, val=()):
+    """A walk through 60 samples of two frames each and a single view, which is not asked for."""
+    annotate(root, [{"id": f"p{k}", "image": [FRAME(k), FRAME(7 * k % 50)]} for k in range(60)])
+    annotate(root, [{"image": FRAME(0)}], task="depth_prediction_oc")
+    if val:
+        annotate(root, val, split="val")
+    return geometry.Walk(root, count, seed)
+
+
+def test_no_frame_that_is_held_out_is_trained_on(tmp_path):
+    walk = make_walk(tmp_path)
+    held = {k for k in range(60) if {k, 7 * k % 50} & KEPT}
+    assert 0 < len(held) < 30 and sorted(walk.drawn) == sorted(set(range(60)) - held)
+    assert {s.id for s in walk.heldout()} == {f"p{k}" for k in held} and not walk.own_val
+    assert {k for k in range(100) if geometry.held_out([tmp_path / FRAME(k)])} == KEPT
+    walk = make_walk(tmp_path, val=[{"image": FRAME(99)}] * 3)  # a val split is held out instead
+    assert sorted(walk.drawn) == list(range(60)) and walk.own_val
+    assert sorted(s.id for s in walk.heldout()) == ["s0", "s1", "s2"]
+    for name, frames in (("all", KEPT), ("none", {1, 2} - KEPT)):
+        annotate(tmp_path / name, [{"image": FRAME(k)} for k in frames])
+        with pytest.raises(geometry.DataError, match="too few samples to train on some and hold"):
+            geometry.Walk(tmp_path / name, 100, 0)
+
+
+def test_order_is_a_function_of_seed_and_position(tmp_path):
+    """Also where a run is taken up again; the processes' parts of a batch are one's batch."""
+    first, again, other = (make_walk(tmp_path, count=40, seed=seed) for seed in (3, 3, 4))
+    size = len(first.drawn)
+    order = [first.at(k) for k in range(3 * size)]
+    epochs = [order[k:k + size] for k in range(0, 3 * size, size)]
+    assert all(sorted(epoch) == sorted(first.drawn) for epoch in epochs) and size <= 40
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert [again.at(k) for k in reversed(range(3 * size))] == order[::-1]  # no state
+    assert set(other.drawn) != set(first.drawn)
+    whole, late, even, odd = (
+        list(walk.batches(lambda s: s.id, start, 9, 5, rank, world, 2)) for walk, start, rank, world
+        in ((first, 0, 0, 1), (again, 4, 0, 1), (first, 0, 0, 2), (first, 0, 1, 2)))
+    assert [name for batch in whole for name, _ in batch] == [f"p{k}" for k in order[:45]]
+    assert late == whole[4:] and len(whole) == 9
+    assert even == [batch[::2] for batch in whole] and odd == [batch[1::2] for batch in whole]
+
+
+def test_what_cannot_be_used_is_named_once_and_left_out(tmp_path, capsys):
+    walk = make_walk(tmp_path, val=[{"image": FRAME(1)}, {"image": []}])
+    missing = {"p3": "frame 0", "p4": "frame 0", "p5": "frame 1"}
+
+    def prepare(sample):
+        if sample.id in missing:
+            raise geometry.DataError(missing[sample.id])
+        return sample.id
+
+    got = [its for batch in walk.batches(prepare, 0, 24, 5, 0, 1, 2) for its in batch]
+    assert len(got) == 120 and {name for name, its in got if its is None} == set(missing)
+    assert all(its == name for name, its in got if its)
+    usable = [f"p{k}" for k in range(60) if k not in (3, 4, 5)]
+    assert list(walk.prepared(prepare, walk.samples, 4)) == usable
+    assert [s.id for s in walk.heldout()] == ["s0"] and len(walk.skipped) == 3
+    said = sorted(capsys.readouterr().out.splitlines())
+    assert said[1:] == ["skipped frame 0", "skipped frame 1"] and "line 2: not a" in said[0]
+
+
+def test_reading_ahead_keeps_the_order():
+    begun = []
+
+    def prepare(k):
+        begun.append(k)
+        time.sleep(0.002 * (k % 3))
+        return 1 / (30 - k)
+
+    ready = geometry.read_ahead(prepare, itertools.count(), 4)  # without an end
+    assert [next(ready) for _ in range(10)] == [1 / (30 - k) for k in range(10)]
+    assert 10 < len(begun) <= 10 + 2 * 4 + 1  # ahead, but not far
+    with pytest.raises(ZeroDivisionError):  # what is no fault of the data is not hidden
+        list(ready)
+    assert list(geometry.read_ahead(str, range(3), 8)) == ["0", "1", "2"]
+
+
+# --- what posed views look like
+
+
+def posed_views():
+    """Eight views of an empty room: cameras on a bow, all towards one place on a wall."""
+    K, (u, v) = np.array([[50.0, 0, 31.5], [0, 50, 23.5], [0, 0, 1]]), np.indices((64, 48))
+    for k in range(8):
+        pose = at((0, 0, 0), 11 * k - 40)
+        pose[:3, 3] = (4, 1.5, 9) - (1.5 + 0.4 * (k % 3)) * pose[:3, 2]
+        rays = pose[:3, :3] @ np.linalg.inv(K) @ [u.T.ravel(), v.T.ravel(), np.ones(u.size)]
+        walls = np.where(rays > 0, [[6], [3], [9]], 0)  # what a ray meets along each axis
+        depth = ((walls - pose[:3, 3:]) / rays).min(0)  # rays have z = 1 in the camera
+        yield view(depth.reshape(48, 64), pose, K)
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_wrong_units_directions_axes_and_K_are_warned_of(real, request):
+    views = list(posed_views())
+    if real:
+        samples = geometry.load_samples(request.getfixturevalue("shared") / "spar")
+        frames = {path: (s, k) for s in samples for k, path in enumerate(s.images)}
+        views = [s.view(k) for s, k in frames.values() if s.source == "scannet"]
+    assert len(views) == 8
+    for change in (
+            lambda v: {},  # right; then world-to-camera, OpenGL axes, metres, 1/5000 m, a larger K
+            lambda v: {"cam2world": np.linalg.inv(v.cam2world)},
+            lambda v: {"cam2world": v.cam2world @ np.diag([1, -1, -1, 1])},
+            lambda v: {"depth": v.depth / 1000}, lambda v: {"depth": v.depth * 1000},
+            lambda v: {"depth": v.depth / 5}, lambda v: {"K": np.diag([2.4, 2.4, 1]) @ v.K}):
+        changed = [geometry.View(**(vars(its) | change(its))) for its in views]
+        line, odd = geometry.describe_pairs([(x, y, geometry.correspondence(x, y, 6))
+                                             for x, y in itertools.combinations(changed, 2)])
+        assert (odd is None) == (not change(views[0])) == ("28 stand apart, 0 of" in line), line
+
+
+@pytest.mark.parametrize("depth, away, empty, warned", [
+    (2.0, 1, 0, False), (2.0, 1, 10, True), (2.0, 0, 10, False),  # a turn on the spot tells nothing
+    (0.21, 1, 0, False), (0.19, 1, 0, True), (49.0, 1, 0, False), (51.0, 1, 0, True)])
+def test_what_is_said_of_pairs(depth, away, empty, warned):
+    x, y = view(depth), view(depth, at((0.04 + away, 0, 0)))
+    x.depth[:9] = 0  # no value: does not count
+    line, odd = geometry.describe_pairs(
+        [(x, y, np.eye(4) * (k >= empty)) for k in range(10)] + [(x, x, np.eye(4))])
+    assert line == (f"median depth {depth:.2f} m; of 11 pairs of views {10 * away} stand apart, "
+                    f"{empty * away} of these without overlap")
+    assert ("camera-to-world in metres with OpenCV axes" in odd) if warned else odd is None
 
 
 def test_real_frames(shared):
-    """Every sample of the tree of real frames reads; neighbours agree as their README says."""
+    """They read, and sampling every fourth pixel moves S by at most 0.03."""
     samples = geometry.load_samples(shared / "spar")
     assert len(samples) == 106 and {s.source for s in samples} == {"scannet", "structured3d"}
-    for sample in samples[::7]:
-        assert all(view.depth.max() > 0.5 for view in sample.views()) and sample.pictures()
-    neighbours = next(s for s in samples if [p.stem for p in s.images] == ["51", "55"])
-    x, y = neighbours.views()
-    right = geometry.directional_overlap(x, y, 1, t_rel=0)[0, 0]
-    x.cam2world, y.cam2world = np.linalg.inv(x.cam2world), np.linalg.inv(y.cam2world)
-    wrong = geometry.directional_overlap(x, y, 1, t_rel=0)[0, 0]  # read as world2cam
-    assert right > 0.4 and wrong < 0.5 * right
+    for sample in samples[::9]:
+        assert sample.pictures()
+        for x, y in itertools.combinations(sample.views(), 2):
+            fine, coarse = (geometry.correspondence(x, y, 4, stride=its) for its in (1, 4))
+            assert np.abs(fine - coarse).max() < 0.03
 
 
 # --- rendered rooms
 
 
 def test_room_depth_by_hand():
-    """A camera amid a 4x5x3 room looking along y: the wall is 2.5 m away at every pixel."""
-    room = geometry.make_room(np.random.default_rng(0))
-    room.size, room.solids = np.array([4.0, 5.0, 3.0]), []
-    K = np.array([[100.0, 0, 31.5], [0, 100.0, 31.5], [0, 0, 1]])
-    pose = geometry.look((2, 2.5, 1.5), math.pi / 2, 0)
-    depth, surface, points = geometry.cast(room, K, pose, 64, 64)
-    assert np.allclose(depth, 2.5, atol=1e-5) and np.all(surface == 3)
-    ball = geometry.Solid("ball", "red", np.array([2, 4.0, 1.5]), np.full(3, 0.5), 0.0)
-    box = geometry.Solid("box", "blue", np.array([2, 4.0, 1.5]), np.array([0.2, 0.3, 0.4]), 0.0)
-    pillar = geometry.Solid("pillar", "green", np.array([2, 4.0, 1.5]), np.array([0.4, 0.4, 0.5]),
-                            0.0)
-    K[:2, 2] = 32  # pixel (32, 32) looks along the axis
-    for solid, nearest in ((ball, 1.0), (box, 1.2), (pillar, 1.1)):
-        room.solids = [solid]
-        depth, surface, _ = geometry.cast(room, K, pose, 64, 64)
-        assert abs(depth[32, 32] - nearest) < 1e-5 and surface[32, 32] == 6
-    # the box's edge: 0.2 m to the side at 1.2 m depth is 16.7 pixels
-    room.solids = [box]
-    _, surface, _ = geometry.cast(room, K, pose, 64, 64)
-    assert (surface[32] == 6).nonzero()[0].tolist() == list(range(16, 49))
+    """A wall 2.5 m away, and before it a block of which the near side is 1.2 m away."""
+    K = np.array([[100.0, 0, 32], [0, 100.0, 32], [0, 0, 1]])  # pixel (32, 32) looks along the axis
+    room = geometry.Room(["", "red block"], np.array([[2, 5.5, 1.5], [2, 4.0, 1.5]]),
+                         np.array([[9, 0.5, 9], [0.2, 0.3, 0.4]]), None, None, None)
+    depth, number = geometry.cast(room, K, geometry.look((2, 2.5, 1.5), math.pi / 2, 0), 70, 90)
+    wanted = np.zeros((90, 70))
+    wanted[0:66, 16:49] = 1  # 0.2 m to the side at 1.2 m are 16.7 pixels, 0.4 m up or down 33.3
+    assert np.array_equal(number, wanted)
+    assert np.allclose(depth, np.where(number == 1, 1.2, 2.5), atol=1e-5)
 
 
-def test_rendering_is_the_inverse_of_unproject(rooms):
-    """Depth read back from the png lands on the surface it was cast from."""
-    rng = np.random.default_rng(4)
-    room = geometry.make_room(rng)
-    K, poses = geometry._pick_cameras(room, rng, 96)
-    depth, _, points = geometry.cast(room, K, poses[0], 96, 96)
-    again, valid = geometry.unproject(depth, K, poses[0])
-    assert valid.all() and np.abs(points - again).max() < 1e-4
+@functools.cache
+def read_frame(image):
+    """Pose, depth and shows ({a box's name: which pixels show it}) of a frame, without this
+    project's reader, and room. Rendering inverts unproject: every pixel is on a side of a box."""
+    scene = image.parent.parent
+    room = geometry.make_room(np.random.default_rng([0, int(scene.name.removeprefix("room_"))]))
+    pose = np.loadtxt(scene / "pose" / f"{image.stem}.txt")
+    K = np.loadtxt(scene / "intrinsic" / "intrinsic_depth.txt")
+    depth = np.asarray(Image.open(scene / "image_depth" / f"{image.stem}.png")) / 1000
+    v, u = np.indices(depth.shape)
+    x, y = (u - K[0, 2]) / K[0, 0] * depth, (v - K[1, 2]) / K[1, 1] * depth
+    points = (np.stack([x, y, depth, np.ones_like(x)], -1) @ pose.T)[..., None, :3]
+    away = (np.abs(points - room.centre) - room.half).max(-1)  # (H, W, boxes), 0 on a side
+    assert np.abs(away.min(-1)).max() < 2e-3 and K[0, 2] == K[1, 2] == (len(depth) - 1) / 2
+    shows = {name: away.argmin(-1) == k for k, name in enumerate(room.names)}
+    return types.SimpleNamespace(pose=pose, depth=depth, shows=shows, room=room)
 
 
-def test_rooms_overlap_and_stand_upright(rooms):
-    seen = set()
-    for sample in geometry.load_samples(rooms):
-        scene = sample.images[0].parts[-3]
-        if len(sample.images) < 3 or scene in seen:
-            continue
-        seen.add(scene)
-        views = sample.views()
-        for view in views:
-            assert abs(view.cam2world[2, 0]) < 1e-6  # right is level: no roll
-            assert 1.2 <= view.cam2world[2, 3] <= 1.7 and view.image.shape == (224, 224, 3)
-        for a in views:
-            for b in views:
-                if a is not b:
-                    assert 0.15 < geometry.directional_overlap(a, b, 1)[0, 0] < 0.85
-    assert len(seen) == 6
+def is_box_of(box, pixels):
+    """Is [x1, y1, x2, y2] of 0..1000 the box round the pixels (H, W) bool?"""
+    v, u = np.nonzero(pixels)
+    own = np.array([u.min(), v.min(), u.max() + 1, v.max() + 1]) * 1000 / len(pixels)
+    return np.abs(box - own).max() < 1
 
 
-def test_rooms_ask_what_they_should(rooms):
-    asked = {(s.task, s.kind) for s in geometry.load_samples(rooms)}
-    assert asked >= {("depth_prediction_oc_mv", "fill"), ("distance_prediction_oo_mv", "fill"),
-                     ("view_change_infer", "fill"), ("position_matching", "fill"),
-                     ("position_matching", "select"),
-                     ("camera_motion_infer", "fill"), ("camera_motion_infer", "select"),
-                     ("obj_spatial_relation_oc_mv", "select"),
-                     ("distance_infer_center_oo_mv", "select"),
-                     ("depth_prediction_oc", "fill"), ("obj_spatial_relation_oo", "select")}
-    rows = [json.loads(line) for line in (rooms / "benchmark/rooms.jsonl").read_text().splitlines()]
-    assert set(rows[0]) == {
-        "id", "img_type", "format_type", "task", "source", "image", "question", "answer", "pose"}
-    assert all((rooms / "benchmark" / path).exists() for row in rows for path in row["image"])
+def turn_of(pose):
+    """Degrees to the right and up of a relative pose's gaze."""
+    return math.degrees(math.atan2(pose[0, 2], pose[2, 2])), math.degrees(math.asin(-pose[1, 2]))
 
 
-def test_answers_of_rooms_are_exact(rooms):
-    """Answers against the files: depth pngs and poses, read without this project's reader."""
-    def point(sample, colour):
-        k = dict(zip(geometry.MARKER_ORDER.get(sample.task, ("red", "blue")),
-                     sample.markers["point_img_idx"][0]))[colour]
-        depth = np.asarray(Image.open(sample.depths[k])) / 1000
-        x, y = (int(c / 1000 * 224) for c in sample.markers[f"{colour}_point"][0])
-        scene = sample.images[k].parent.parent
-        K = np.loadtxt(scene / "intrinsic/intrinsic_depth.txt")
-        pose = np.loadtxt(scene / "pose" / f"{sample.images[k].stem}.txt")
-        d = depth[y, x]
-        return d, (pose @ [(x - K[0, 2]) / K[0, 0] * d, (y - K[1, 2]) / K[1, 1] * d, d, 1])[:3]
-
-    checked = 0
-    for sample in geometry.load_samples(rooms):
-        if sample.task == "depth_prediction_oc_mv":
-            assert abs(point(sample, "blue")[0] - float(sample.answer)) < 0.08
-            checked += 1
-        elif sample.task == "distance_prediction_oo_mv":
-            apart = np.linalg.norm(point(sample, "red")[1] - point(sample, "blue")[1])
-            assert abs(apart - float(sample.answer)) < 0.1
-            checked += 1
-        elif sample.task in ("view_change_infer", "camera_motion_infer") and sample.kind == "fill":
-            scene = sample.images[0].parent.parent
-            first, second = (np.loadtxt(scene / "pose" / f"{p.stem}.txt") for p in sample.images)
-            x, y, z = first[:3, :3].T @ (second[:3, 3] - first[:3, 3])
-            if sample.task == "camera_motion_infer":
-                K = np.loadtxt(scene / "intrinsic/intrinsic_color.txt")
-                u, v = ((K[0, 0] * x / z + K[0, 2] + 0.5) / 0.224,
-                        (K[1, 1] * y / z + K[1, 2] + 0.5) / 0.224)
-                said = [float(s)
-                        for s in sample.answer.replace("(", "").replace(")", "").split(",")]
-                assert np.allclose(said, [u, v, z], atol=0.6) and abs(said[2] - z) < 0.051
-            else:
-                said = dict(part.split(":") for part in sample.answer.split(","))
-                for value, plus, minus in (
-                        (x, "right", "left"), (y, "down", "up"), (z, "forward", "backward")):
-                    got = float(said.get(f"move_{plus}", 0)) - float(said.get(f"move_{minus}", 0))
-                    assert abs(got - value) < 0.051
-            checked += 1
-    assert checked > 15
+def is_view_change(answer, pose):
+    """Right, down, forward; rotated up, right: our reading of SPAR's five dimensions."""
+    said = [float(amount) * (-1 if re.search("left|move_up|backward|rotate_down", name) else 1)
+            for name, amount in (part.split(":") for part in answer.split(","))]
+    right, up = turn_of(pose)
+    return np.all(np.abs(np.array(said) - (*pose[:3, 3], up, right)) < (0.051,) * 3 + (0.6,) * 2)
 
 
 def test_view_change_agrees_with_the_real_tree(shared):
-    """Our reading of the five canonical dimensions against answers that somebody else computed."""
+    """... against answers that somebody else computed."""
     for sample in geometry.load_samples(shared / "spar", tasks=("view_change_infer",)):
-        views = sample.views()
-        pose = geometry.relative_pose(*(v.cam2world for v in views))
-        said = dict(part.split(":") for part in sample.answer.split(","))
-        x, y, z = pose[:3, 3]
-        for value, plus, minus in (
-                (x, "right", "left"), (y, "down", "up"), (z, "forward", "backward")):
-            got = float(said.get(f"move_{plus}", 0)) - float(said.get(f"move_{minus}", 0))
-            assert abs(got - value) < 0.051
-        right = math.degrees(math.atan2(pose[0, 2], pose[2, 2]))
-        up = math.degrees(math.asin(-pose[1, 2]))
-        assert abs(
-            float(said.get("rotate_right", 0)) - float(said.get("rotate_left", 0)) - right) < 0.6
-        assert abs(float(said.get("rotate_up", 0)) - float(said.get("rotate_down", 0)) - up) < 0.6
+        assert is_view_change(sample.answer, np.linalg.inv(sample.pose(0)) @ sample.pose(1))
 
 
-def test_rooms_are_deterministic_reused_and_redone(tmp_path, capsys):
+def test_answers_and_markers_of_rooms_are_exact(rooms):
+    asked = collections.Counter()
+    for sample in [*geometry.load_samples(rooms), *geometry.load_samples(rooms, split="val")]:
+        asked[sample.task] += 1
+        frames, answer, marks = [*map(read_frame, sample.images)], sample.answer, sample.markers
+        first, last = frames[0], frames[-1]
+        pose, room = np.linalg.inv(first.pose) @ last.pose, first.room
+        right, _ = turn_of(pose)
+        if sample.kind == "select":  # the text behind the letter
+            answer = re.search(rf" {answer}\. (.+?)(?= [B-D]\. |$)", sample.question)[1]
+        names = re.findall(r"\w+ (?:block|picture)", sample.question)
+        for colour, name, frame in zip(("red", "blue"), names, (first, last)):
+            for box in marks.get(f"{colour}_bbox", ()):
+                assert is_box_of(box, frame.shows[name])
+            for point in marks.get(f"{colour}_point", ()):
+                x, y = (int(c * len(frame.depth) / 1000) for c in point)
+                said = re.search(r"(\S+) meters", sample.question)[1] if colour == "red" else answer
+                assert frame.shows[name][y, x] and abs(frame.depth[y, x] - float(said)) < 0.051
+        for on in (marks.get("point_img_idx"), marks.get("bbox_img_idx")):
+            assert on in (None, [[0, len(frames) - 1][:len(names)]])
+        if sample.task == "camera_turn":
+            assert answer == f"{'right' if right > 0 else 'left'} {abs(right):.0f}"
+        elif sample.task == "view_change_infer":
+            assert is_view_change(answer, pose)
+        elif sample.task == "position_matching":
+            assert is_box_of(json.loads(answer), last.shows[names[0]])
+        elif sample.task.startswith("obj"):
+            red, blue = (room.centre[room.names.index(name)] for name in names)
+            x, _, z = first.pose[:3, :3].T @ (red - blue)
+            assert answer == f"{'left' if x < 0 else 'right'}, {'closer' if z < 0 else 'farther'}"
+            assert min(abs(x), abs(z)) > 0.15
+    assert len(asked) == 7 and min(asked.values()) > 2
+    assert asked["camera_turn"] > sum(asked.values()) / 2
+
+
+def test_cameras_turn_in_place_or_step_ahead_and_turn(rooms):
+    steps, rng = [], np.random.default_rng(0)
+    for sample in geometry.load_samples(rooms, tasks=("camera_turn",)):
+        i, j = map(read_frame, sample.images)
+        pose = np.linalg.inv(i.pose) @ j.pose
+        (right, up), (x, y, z) = turn_of(pose), pose[:3, 3]
+        steps.append(z)
+        assert 10 <= abs(right) <= (70 if z < 0.1 else 60) and abs(up) <= 20
+        assert math.hypot(x, y) < 1e-6 and (abs(z) < 1e-6 or 0.4 <= z <= 1)  # on the spot or ahead
+        assert z < 0.1 or abs(i.pose[2, 2]) < 1e-6  # along a level gaze
+        assert abs(i.pose[2, 0]) < 1e-6 and i.depth.min() > 0.7  # no roll; stands free
+        assert geometry.directional_overlap(*sample.views(), 1)[0, 0] > 0.1
+    assert 0 < np.mean(np.array(steps) > 0.1) <= 0.2 and len(steps) > 6 * 10
+    many = [geometry.place_cameras(np.array([5.0, 6, 3]), rng) for _ in range(300)]
+    pans = [abs(turn_of(np.linalg.inv(i) @ j)[0]) for poses in many for i in poses for j in poses]
+    counts, _ = np.histogram(pans, range(10, 71, 10))
+    assert counts.min() > 0.8 * counts.max()  # spread evenly
+
+
+def test_rooms_are_deterministic_reused_and_redone(tmp_path):
     def content(root):
-        return {p.relative_to(root): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+        return {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
-    first = geometry.render_rooms(tmp_path / "a", rooms=3, held_out=0.34)
-    assert content(first) == content(geometry.render_rooms(tmp_path / "b", rooms=3, held_out=0.34))
-    other = content(geometry.render_rooms(tmp_path / "c", rooms=3, held_out=0.34, seed=1))
-    assert other != content(first)
+    make = functools.partial(geometry.render_rooms, rooms=3, held_out=0.34, size=64)
+    first = make(tmp_path / "a")
+    rows = [json.loads(line) for line in (first / "benchmark" / "rooms.jsonl").open()]
+    assert all((first / "benchmark" / path).exists() for row in rows for path in row["image"])
+    assert len(rows) == len(geometry.load_samples(first, split="val"))
     before = (first / "rooms.json").stat().st_mtime_ns
-    geometry.render_rooms(first, rooms=3, held_out=0.34)
-    assert (first / "rooms.json").stat().st_mtime_ns == before  # reused
-    (tmp_path / "d.partial" / "rooms").mkdir(parents=True)  # what an interruption leaves
-    capsys.readouterr()
-    geometry.render_rooms(tmp_path / "d", rooms=3, held_out=0.34)
-    assert "interrupted" in capsys.readouterr().out and not (tmp_path / "d.partial").exists()
-    assert content(tmp_path / "d") == content(first)
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    (mine / "thesis.txt").write_text("years of work")
+    assert (make(first) / "rooms.json").stat().st_mtime_ns == before  # reused
+    (tmp_path / "b.partial" / "rooms").mkdir(parents=True)  # what an interruption leaves
+    assert content(make(tmp_path / "b")) == content(first)
+    assert content(make(tmp_path / "b", seed=1)) != content(first)  # other arguments: redone
+    (tmp_path / "mine").mkdir()
     with pytest.raises(geometry.DataError, match="not a tree of rendered rooms"):
-        geometry.render_rooms(mine, rooms=3)
-    assert (mine / "thesis.txt").exists()
+        make(tmp_path / "mine")
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "b", "mine"}
