@@ -455,26 +455,27 @@ def find_model(name):
     """A complete 16- or 32-bit model: its directory, `name` or the hub's copy, and {plain name:
     (numbers, dtype as the file calls it)} of its tensors, from the files' headers."""
     path = file = Path(name)
-    headers, wrong = {}, None
+    headers = {}
     if name in MADE_BY and not (path / "config.json").exists():
         raise geometry.DataError(f"{name}: not there yet; run `{MADE_BY[name]}` first")
     try:
         if not path.is_dir():
-            path = Path(snapshot_download(name, allow_patterns=[
+            path = file = Path(snapshot_download(name, allow_patterns=[
                 "*.json", "*.txt", "*.jinja", "*.safetensors"]))
-        if "quantization_config" in json.loads((path / "config.json").read_text()):
-            wrong = "its weights are quantised; take the 16-bit model"
-        elif not (path / "tokenizer.json").exists() and not (path / "vocab.json").exists():
-            wrong = "has no tokenizer.json; copy it from the model that it was made of"
+        config = json.loads((path / "config.json").read_text())
         for file in weight_files(path):
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():
                     its = tensors.get_slice(key)
                     headers[plain(key)] = math.prod(its.get_shape()), its.get_dtype()
-    except (OSError, ValueError, SafetensorError) as error:  # the hub's errors are among these
-        wrong = f"no complete model directory or hub model ({str(error).strip().splitlines()[0]})"
-    if wrong:
-        raise geometry.DataError(f"{file}: {wrong}")
+    except (OSError, ValueError, KeyError, SafetensorError) as error:  # the hub's are among these
+        raise geometry.DataError(f"{file}: no complete model directory, and none on the hub "
+                                 f"({str(error).strip().splitlines()[0]})") from None
+    if "quantization_config" in config:
+        raise geometry.DataError(f"{path}: its weights are quantised; take the 16-bit model")
+    if not any((path / its).exists() for its in ("tokenizer.json", "vocab.json")):
+        raise geometry.DataError(f"{path}: has no tokenizer.json; copy the tokenizer's files from "
+                                 "the model that it was made of")
     return path, headers
 
 
@@ -498,12 +499,13 @@ def load_model(path, headers):
     dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(kinds, torch.float32)
     try:
         model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            path, dtype=dtype, output_loading_info=True)
+            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
         # control tokens in texts are text; set once, since threads share the tokenizer
         tokenizer = AutoTokenizer.from_pretrained(path, split_special_tokens=True)
         if lacking := sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"]))):
-            raise ValueError(f"{len(lacking)} tensors are missing or misshapen: {lacking[0]}, ...")
-    except (OSError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{len(lacking)} tensors are missing or have another shape than "
+                             f"config.json says, {lacking[0]} among them")
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise geometry.DataError(
             f"{path}: cannot be read as a Qwen2.5-VL ({str(error).splitlines()[0]})") from None
     model.generation_config = GenerationConfig()  # not the checkpoint's
@@ -697,7 +699,7 @@ def main(argv=None):
                 args.steps - step), ("loss", "grad_norm", "update_norm", "tokens_per_s"))
         if stop:
             gather([])  # torchrun ends all when one has ended: after the first has saved
-            say(f"stopped after step {step}; go on with --resume")
+            say(f"stopped after step {step}; go on with --resume --out {out}")
             sys.exit(128 + stop[0])
 
     if rank == 0:

@@ -627,8 +627,14 @@ class Walk:
 
     def prepared(self, prepare, samples, workers):
         """Yield prepare(sample) of each of `samples` that can be used, read ahead."""
-        ready = read_ahead(partial(self.attempt, prepare, samples), range(len(samples)), workers)
-        yield from (its for _, its in ready if its is not None)
+        found = 0
+        for _, its in read_ahead(partial(self.attempt, prepare, samples), range(len(samples)),
+                                 workers):
+            if its is not None:
+                found += 1
+                yield its
+        if not found:
+            raise DataError(f"none of {len(samples)} held-out samples can be used")
 
 
 def read_ahead(prepare, numbers, workers):

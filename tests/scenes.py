@@ -1,7 +1,6 @@
-"""What the tests train on: empty rooms with waves on their walls, ray cast by hand, three views each,
-in SPAR-7M-RGBD's layout. They share no code with geometry's reader, Eq. 1 or rendered rooms."""
+"""What the tests train on: empty rooms with waves on their walls, ray cast by hand, three views
+each, in SPAR-7M-RGBD's layout. They share no code with geometry's reader, Eq. 1 or rendered rooms."""
 
-import itertools
 import json
 
 import numpy as np
@@ -61,7 +60,7 @@ def make_scenes(root, train=6, val=2):
         deep = views[1].depth[y * 112 // 1000, x * 112 // 1000]
         right, _, forward = (elsewhere - place) @ views[0].cam2world[:3, :3]
         for task, kind, which, question, answer, more in (
-                ("depth_prediction_oc_mv", "fill", (0, 1, 2), "How deep is the red point, in meters?",
+                ("depth_prediction_oc_mv", "fill", (0, 1, 2), "How deep is the red point?",
                  f"{deep:.1f}", {"red_point": [[int(x), int(y)]], "point_img_idx": [[1]]}),
                 ("view_change_infer", "fill", (0, 1), "How did the camera get there?",
                  f"move_right:{right:.1f},move_forward:{forward:.1f}", {}),

@@ -52,7 +52,7 @@ def pay():
 
 
 @pytest.fixture(scope="module")
-def made(tiny_model, rooms):
+def made(tiny_model, scenes):
     """(model, tokenizer, make: a prompt with pictures of these sizes), float64: a random model that
     says and sees more than a fresh one, and whose heads share their keys."""
     config = Qwen2_5_VLConfig.from_pretrained(tiny_model)
@@ -64,7 +64,7 @@ def made(tiny_model, rooms):
         p.data += 0.05 * torch.randn_like(p)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model, split_special_tokens=True)
     processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 56**2, "longest_edge": 448**2})
-    three = next(its for its in geometry.load_samples(rooms) if len(its.images) == 3)
+    three = next(its for its in geometry.load_samples(scenes) if len(its.images) == 3)
 
     def make(sizes, *flags):
         sample = replace(three, images=three.images[:len(sizes)], question="<|im_end|>?")
@@ -404,9 +404,9 @@ def test_warnings(change, words):
 
 
 @pytest.fixture(scope="module")
-def flags(rooms, tiny_model):
+def flags(scenes, tiny_model):
     """A random model never ends by itself: short completions."""
-    return [*f"--data {rooms} --model {tiny_model} --lr 1e-3 --group 3 --batch 2 --max-pixels 12544"
+    return [*f"--data {scenes} --model {tiny_model} --lr 1e-3 --group 3 --batch 2 --max-pixels 12544"
             " --max-new-tokens 12 --save-every 2 --rollouts-every 2".split(), "--out", "out"]
 
 
@@ -463,7 +463,7 @@ def test_resume_is_exact(root, four_steps, flags, tmp_path):
     assert len(names) == 4 and names == {path.name for path in half.glob("*.safetensors")}
     assert all(all(equal(whole / name, half / name).values()) for name in names)
     done = run(root, tmp_path, "--steps", 6, "--resume", "--out", "out", "--model", whole)
-    assert done.returncode == 1 and "not what the run in out was begun with" in done.stdout
+    assert done.returncode == 1 and "was begun with another --model" in done.stdout
 
 
 def test_two_processes_equal_one(root, flags, tmp_path):
@@ -509,8 +509,8 @@ def test_real_frames(root, shared, flags, tmp_path):
     assert len(go(root, tmp_path, *flags, "--data", shared / "spar", "--steps", 1)) == 1
 
 
-def test_unusable_samples_are_named_left_out_and_counted(root, flags, tmp_path, rooms):
-    shutil.copytree(rooms, tmp_path / "data")
+def test_unusable_samples_are_named_left_out_and_counted(root, flags, tmp_path, scenes):
+    shutil.copytree(scenes, tmp_path / "data")
     broken = sorted((tmp_path / "data").rglob("image_color/0.jpg"))[::2]
     for picture in broken:
         picture.write_bytes(picture.read_bytes()[:500])
@@ -521,14 +521,14 @@ def test_unusable_samples_are_named_left_out_and_counted(root, flags, tmp_path, 
     assert sum(line.get("update_norm", 0) > 0 for line in records(tmp_path / "out")) >= 3
 
 
-def test_non_finite_steps_are_left_out_and_end_the_run(root, flags, tmp_path, tiny_model, rooms):
+def test_non_finite_steps_are_left_out_and_end_the_run(root, flags, tmp_path, tiny_model, scenes):
     shutil.copytree(tiny_model, tmp_path / "model")
     tensors = load_file(tmp_path / "model/model.safetensors")
     tensors["model.layers.1.input_layernorm.weight"][0] = math.nan
     save_file(tensors, tmp_path / "model/model.safetensors", {"format": "pt"})
     done = run(root, tmp_path, *flags, "--model", "model", "--steps", 20)
     said = [line for line in done.stdout.splitlines() if "left out: gradient norm nan (" in line]
-    assert len(said) == 5 and any(its.id in said[0] for its in geometry.load_samples(rooms))
+    assert len(said) == 5 and any(its.id in said[0] for its in geometry.load_samples(scenes))
     assert done.returncode == 1
     assert "five steps in a row were not finite" in done.stdout.splitlines()[-1]
 
@@ -537,9 +537,9 @@ def test_non_finite_steps_are_left_out_and_end_the_run(root, flags, tmp_path, ti
     ("--data nowhere", "nowhere: no such directory"),
     ("--model nowhere", "nowhere: no complete model directory"),
     ("--model out/cold_start", "run `python actor_sft.py --target actions` first"),
-    ("--resume", "--resume: out/checkpoint.json is not there"),
-    ("--resume --out {four} --group 4", "--group was 3 when"),
-    ("--out {model}", "is the start model's: name another --out"),
+    ("--resume", "--out out has no checkpoint.json to --resume from"),
+    ("--resume --out {four} --group 4", "--group was 3 and must stay so"),
+    ("--out {model}", "is the start model's; name another"),
     ("--group 1", "--group must be 2 or more"), ("--beta -1", "--beta is out of range: -1.0"),
     ("--temperature 0", "--temperature is out of range: 0.0"),
     ("--out taken", "actor_grpo.py: [Errno 17] File exists: 'taken'")])

@@ -1,36 +1,22 @@
-"""pasta.py: Eqs. 2-5 against naive loops, and the encoder's features. Then what every trainer
-promises: precision, models in and out, resuming, processes, bad input. These tests ask for the
-fixture `trainer`; the other trainers' test files import them."""
+"""pasta.py: Eqs. 2-5 against naive loops, the encoder's features, the demo's model, held-out pairs.
+What it promises as every trainer does is in test_trainers.py."""
 
 import argparse
-import contextlib
-import copy
-import itertools
-import json
 import math
-import os
-import resource
-import shutil
-import signal
-import sys
 import types
-import weakref
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 import conftest
 import geometry
 import pasta
-from conftest import ROOT, records
-from scenes import render, write_question, write_view
+from conftest import ROOT
+from scenes import render
 
 CPU = torch.device("cpu")
 PROCESSOR = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 448 * 448})
@@ -117,7 +103,8 @@ def test_rows_without_overlap():
     assert torch.allclose(floor, -(p * p.log())[1].sum())
     every, _ = pasta.directional_loss(S, e_x, e_y, 0.1, 0.07)
     assert torch.allclose(every, -(p * log_q).sum(-1).mean())
-    assert [float(its) for its in pasta.directional_loss(S * 0, e_x, e_y, 0.1, 0.07, True)] == [0, 0]
+    nothing = pasta.directional_loss(S * 0, e_x, e_y, 0.1, 0.07, True)
+    assert [float(its) for its in nothing] == [0, 0]
     args = argparse.Namespace(tau1=0.1, tau2=0.07, skip_empty=True)
     whole, excess = pasta.alignment_loss([e_x, e_y], [(0, 1, S)], 1, args)
     back, back_floor = pasta.directional_loss(S.T, e_y, e_x, 0.1, 0.07, skip_empty=True)
@@ -144,7 +131,7 @@ def test_cells_have_the_edges_of_the_geometry(n, h, w):
 
 
 def test_matches_by_hand():
-    """The most similar patch beside the one that overlaps most; lengths of features mean nothing."""
+    """The most similar patch beside the one that overlaps most; features' lengths mean nothing."""
     e_x, e_y = torch.eye(3), torch.tensor([[1.0, 0, 0], [0, 9.0, 9.0], [0.6, 0, 0.8]])
     S = torch.tensor([[0.9, 0.0, 0.0], [0.2, 0.0, 0.1], [0.0, 0.0, 0.0]])
     guess, similarity, gold, overlaps = pasta.matches(S, 2 * e_x, e_y)

@@ -213,7 +213,7 @@ class Live(TorchDispatchMode):
 @pytest.mark.parametrize("start", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("dtype, made, stepped", [(torch.bfloat16, 6, 18), (torch.float32, 4, 16)])
 def test_peak_memory(trainer, dtype, start, made, stepped):
-    """Bytes a parameter when the optimiser is made and in its steps: no more than 5 % above weights,
+    """Bytes a parameter when the optimiser is made and in its steps: at most 5 % above weights,
     masters, gradients and moments, and the update of the largest tensor, wherever in between."""
     model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(40)]).to(start)
     size, slack = sum(p.numel() for p in model.parameters()), 2 * 4 * 64 * 64
@@ -252,7 +252,7 @@ def as_published(model):
     change_weights(model, lambda tensors: {key: its + 1 for key, its in tensors.items()},
                    "model-00003-of-00002.safetensors")
     (model / "model.safetensors").unlink()
-    change_json(model / "model.safetensors.index.json", weight_map={
+    change_json(model / "model.safetensors.index.json", metadata={}, weight_map={
         key: file for file, its in names.items() for key in its})
     config = json.loads((model / "config.json").read_text())
     config = config.pop("text_config") | config
@@ -315,7 +315,7 @@ def lost(model, index):
 @pytest.mark.parametrize("change, message", [
     (lambda model: change_weights(model, lambda tensors: {
         key: its for key, its in tensors.items() if "merger.mlp.0.bias" not in key}),
-     "1 tensors are missing or have another shape than config.json says, model.visual.merger.mlp.0"),
+     "1 tensors are missing or have another shape than config.json says, model.visual.merger"),
     (lambda model: change_json(model / "config.json", vision_config={"depth": 1}),
      "tensors are missing or have another shape"),
     (lambda model: os.truncate(model / "model.safetensors", 5000),
@@ -326,8 +326,6 @@ def lost(model, index):
     (lambda model: (model / "tokenizer.json").unlink(), "has no tokenizer.json; copy the tokenize"),
     (lambda model: change_json(model / "config.json", quantization_config={"bits": 4}),
      "model: its weights are quantised; take the 16-bit model"),
-    (lambda model: change_json(model / "config.json", model_type="llama"),
-     "model: cannot be read as a Qwen2.5-VL"),
     (shutil.rmtree, "model: no complete model directory, and none on the hub")])
 def test_models_that_cannot_be_read(trainer, tiny_model, tmp_path, change, message):
     shutil.copytree(tiny_model, tmp_path / "model")
@@ -381,14 +379,16 @@ def test_kill_while_a_checkpoint_is_saved(trainer, tmp_path):
             assert {float(its.unique()) for its in load_file(tmp_path / file).values()} == {
                 state["step"]}
         steps.append(state["step"])
-    # three files, checkpoint.json, its name; then the older ones are deleted, and nothing is left
-    assert steps == [0, 0, 0, 0, 0, 0, 6, 7, 8, 9, 10, 11] and len(os.listdir(tmp_path)) == 4
+    # three files, checkpoint.json, its name; then the older ones are deleted
+    assert steps == [0, 0, 0, 0, 0, 0, 6, 7, 8, 9, 10, 11]
+    trainer.module.save_checkpoint(tmp_path, {"step": 12}, optimizer)
+    assert len(os.listdir(tmp_path)) == 4  # nothing else is left
 
 
 def test_kill_while_a_model_is_saved(trainer, tiny_model, tmp_path):
     """Killed at any point, there is the former model, or one that is refused as not complete, never
     a mixture; saving again ends it."""
-    out, ends = tmp_path / "out", []
+    out, ends, seen = tmp_path / "out", [], []
     shutil.copytree(tiny_model, tmp_path / "source")
     as_published(tmp_path / "source")
     source, headers = trainer.module.find_model(str(tmp_path / "source"))
@@ -414,9 +414,10 @@ def test_kill_while_a_model_is_saved(trainer, tiny_model, tmp_path):
             break
         else:
             with contextlib.suppress(geometry.DataError):
-                assert weights() == (former if number < 9 else new)
+                seen.append((former, new).index(weights()))
             trainer.module.save_model(model, source, out, optimizer)
         assert weights() == new and not (out / "incoming").exists()
+    assert seen == sorted(seen) and set(seen) == {0, 1}
 
 
 @pytest.fixture(scope="module")
@@ -471,7 +472,7 @@ def test_a_signal_saves_and_resume_goes_on(trainer, four_steps, tmp_path, number
     assert "stopped after step 2; go on with --resume --out out" in done.stdout
     assert not (tmp_path / "out/model.safetensors").exists()
     done = trainer.run(tmp_path, *FOUR, "--steps", 4, "--out", "out")
-    assert done.returncode == 1 and "out holds a run stopped at step 2 of 4: go on" in done.stdout
+    assert done.returncode == 1 and "out holds a run stopped at step 2 of 4; go on" in done.stdout
     done = trainer.script(tmp_path, "--resume", "--out", "out")
     assert done.returncode == 0, done.stdout
     assert_same_run(trainer, four_steps, tmp_path / "out", stopped=True)
@@ -499,13 +500,14 @@ def test_resume_is_refused(trainer, four_steps, scenes, tiny_model, tmp_path):
 
     for its, name in ((four_steps, "out"), (scenes, "data"), (tiny_model, "model")):
         shutil.copytree(its, tmp_path / name)
-    refused("--resume: --lr was 0.001 when the run began, and must stay that", "--lr", 2e-3)
-    refused("--resume: --save-every was 2 when the run began", "--save-every", 1)
-    refused("--resume: elsewhere/checkpoint.json is not there", "--out", "elsewhere")
+    refused("--resume: --lr was 0.001 and must stay so", "--lr", 2e-3)
+    refused("--resume: --save-every was 2 and must stay so", "--save-every", 1)
+    refused("--out elsewhere has no checkpoint.json to --resume from", "--out", "elsewhere",
+            "--data", "data", "--model", "model")
     write_question(tmp_path / "data", "train", "camera_turn", "fill", "scene_0", (0, 2), "?", "1")
-    refused("--data data: not what the run in out was begun with", "--data", "data")
+    refused("--out out was begun with another --data than data", "--data", "data")
     change_weights(tmp_path / "model", lambda tensors: tensors | {"lm_head.bias": torch.zeros(1)})
-    refused("--model model: not what the run in out was begun with", "--model", "model")
+    refused("--out out was begun with another --model than model", "--model", "model")
 
 
 @pytest.mark.parametrize("steps", [6, 4])
@@ -540,10 +542,11 @@ def test_hostile_data(trainer, scenes, tmp_path):
     for k in range(2):
         write_view(data / "boxes/images/long", k, long)
     text = "<|image_pad|><|im_end|><|vision_start|>"
-    for scene, name, question, answer in (("long", "long", "?", "1"), ("scene_1", "a", "\ud83d", "1"),
-                                          ("scene_1", "b", "?", "\ud83d"),
-                                          ("scene_1", "c", text, text)):
-        write_question(data, "train", "camera_turn", "fill", scene, (0, 1), question, answer, id=name)
+    for scene, name, question, answer in (
+            ("long", "long", "?", "1"), ("scene_1", "a", "\ud83d", "1"),
+            ("scene_1", "b", "?", "\ud83d"), ("scene_1", "c", text, text)):
+        write_question(data, "train", "camera_turn", "fill", scene, (0, 1), question, answer,
+                       id=name)
     done = trainer.run(tmp_path, "--data", data, "--steps", 28, "--save-every", 28, "--out", "out")
     assert done.returncode == 0, done.stdout
     bad = [f"{broken}: cannot be read as an image", "long: "]
@@ -569,7 +572,8 @@ def test_steps_that_are_not_finite(trainer, tiny_model, tmp_path):
     shutil.copytree(tiny_model, tmp_path / "model")
     change_weights(tmp_path / "model", lambda tensors: tensors | {
         "visual.blocks.1.norm1.weight": torch.full((128,), math.nan)})
-    done = trainer.run(tmp_path, "--model", "model", "--steps", 9, "--save-every", 9, "--out", "out")
+    done = trainer.run(tmp_path, "--model", "model", "--steps", 9, "--save-every", 9,
+                       "--out", "out")
     assert done.returncode == 1
     assert done.stdout.count("left out: gradient norm nan (scene_") == 5
     assert "five steps in a row were not finite" in done.stdout.splitlines()[-1]
@@ -581,7 +585,7 @@ def test_steps_that_are_not_finite(trainer, tiny_model, tmp_path):
         ("seed", -1), ("lr", 0), ("lr", "nan"), ("steps", 0), ("batch", 0), ("heldout", 0),
         ("max-pixels", 0), ("workers", 0), ("save-every", -2), ("clip", 0), ("samples", 0))),
     (["--precision", "int8"], "invalid choice"), (["--res"], "unrecognized arguments: --res"),
-    (["--resume"], "checkpoint.json is not there; name the run with --out"),
+    (["--resume"], "has no checkpoint.json to --resume from"),
     (["--data", "nowhere"], "nowhere: no such directory; --data takes the folder that holds"),
     (["--out", "taken"], "File exists: 'taken'"), (["--out", "model"], "is the start model's")])
 def test_bad_arguments(trainer, tiny_model, tmp_path, flags, message):
@@ -594,8 +598,8 @@ def test_bad_arguments(trainer, tiny_model, tmp_path, flags, message):
 def test_the_script_on_a_console_of_ascii(trainer, scenes, tmp_path, monkeypatch):
     """As a user starts it: letters that the console lacks end nothing; an error is one line."""
     shutil.copytree(scenes, tmp_path / "Zürich")
-    write_question(tmp_path / "Zürich", "val", "camera_turn", "fill", "scene_7", (0, 2), "Où – là?",
-                   "10 – 20", id="été")
+    write_question(tmp_path / "Zürich", "val", "camera_turn", "fill", "scene_7", (0, 2),
+                   "Où – là?", "10 – 20", id="été")
     monkeypatch.chdir(tmp_path)
     name = f"{trainer.module.__name__}.py"
     for flags, message in ((["--steps", 1, "--data", "Zürich", "--heldout", 20], "wrote   out"),
@@ -624,18 +628,19 @@ def test_real_frames(trainer, shared, tmp_path):
     ("cpu", torch.float32, 1024, False, {"host": 16.3}),  # GiB: weight, gradient and two moments
     ("cpu", torch.bfloat16, 1024, False, {"host": 18.3}),  # master weights
     ("cpu", torch.bfloat16, 512, False, {"host": 10.3}),  # half of it is frozen
-    ("cuda", torch.float16, 1024, False, {"GPU": 18.3, "host": 0.5}),
-    ("cuda", torch.bfloat16, 1024, True, {"GPU": 2.3, "host": 16.5}),
-    ("cuda", torch.float32, 1024, True, {"GPU": 4.3, "host": 16.5})])
+    ("cuda", torch.float16, 1024, False, {"GPU": 18.3, "host": 0.3}),
+    ("cuda", torch.bfloat16, 1024, True, {"GPU": 2.3, "host": 16.3}),
+    ("cuda", torch.float32, 1024, True, {"GPU": 4.3, "host": 16.3})])
 def test_memory_line(trainer, monkeypatch, device, dtype, trained, offload, needs):
     """For 2^30 parameters in tensors of 2^20; advice only where less is free than needed."""
-    for free, advice in ((20, False), (10, max(needs.values()) > 10)):
-        monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_AVPHYS_PAGES": free * 2**30}.get)
+    for free in (20, 10):
+        monkeypatch.setattr(Path, "read_text", lambda path: f"MemAvailable:  {free * 2**20} kB")
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 2**30, 2**40))
         line = trainer.module.memory_line(
             2**30, [2**20] * trained, 0, dtype, torch.device(device), offload)
-        said = "; ".join(f"{where} {its:.1f} GiB, {free:.1f} free" for where, its in needs.items())
-        assert line.startswith(f"memory  {said}") and ("too little; --freeze" in line) == advice
+        said = ", ".join(f"{where} {its:.1f} GiB" for where, its in needs.items())
+        assert line.startswith(f"memory  {said}")
+        assert ("more than is free: --freeze" in line) == (max(needs.values()) > free)
     line = trainer.module.memory_line(2**30, [2**30], 2**12, dtype, torch.device("cpu"))
     assert float(line.split()[2]) > needs["host"]  # the largest tensor's update, activations
 
