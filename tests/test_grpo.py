@@ -25,9 +25,9 @@ from conftest import records
 run = partial(conftest.run, "actor_grpo.py")
 G, T = 4, 9
 MASK = torch.arange(T) < torch.tensor([[T], [3], [1], [6]])  # completions of different length
-TOKENS = torch.randint(10, 500, (G, T), generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randint(10, 400, (G, T), generator=torch.Generator().manual_seed(0))
 A = torch.tensor([1.2, -0.7, 0.0, -0.5], dtype=torch.float64)
-END = list(range(0, 500, 12))  # so many words end a completion that some end early
+END = list(range(0, 400, 12))  # so many words end a completion that some end early
 SIZES = ([(224, 224), (308, 168)], [(112, 112), (84, 84), (112, 112)], [(84, 140), (112, 84)])
 # A random model's completions all score 0, which would leave every weight where it is. So in this
 # file a completion is worth what its text's checksum says.
