@@ -10,7 +10,7 @@ move" (Action-then-Answer Reasoning, section 3.4).
     what is asked             encode_prompt, equal to the model's published chat template
     what is taught            make_example: rewards.write_response of the teacher's plans
     loss                      response_log_probs: -log p of the response's tokens, end included
-    what it then writes       evaluate: greedy responses to held-out questions, and their rewards
+    what it then writes       evaluate_responses: greedily, to held-out questions, and its rewards
 
     python actor_sft.py --target answer     # reads out/pasta, writes out/sft
     python actor_sft.py --target actions    # reads out/sft, writes out/cold_start
@@ -233,7 +233,7 @@ def generate_greedily(model, tokenizer, prompts, longest):
 # ----------------------------------------------------------------------- looking at what it learnt
 
 
-def evaluate(model, tokenizer, examples, batch=32):
+def evaluate_responses(model, tokenizer, examples, batch=32):
     """Loss on held-out Examples, and what the model itself writes: record for the log, texts.
 
     heldout_loss: -log p of a response token. answer, and for actions format and action: mean R_ans,
@@ -663,7 +663,7 @@ def main(argv=None):
             list(islice(walk.heldout(), args.heldout)), args.workers))
         blind = constants(heldout)
         if not state:
-            record = {"step": 0, **evaluate(model, tokenizer, heldout)[0], **blind}
+            record = {"step": 0, **evaluate_responses(model, tokenizer, heldout)[0], **blind}
             write_line(out / "log.jsonl", record)
             say("start   " + heldout_line(record))
 
@@ -691,7 +691,7 @@ def main(argv=None):
             if stop or step == args.steps or step % args.save_every == 0:
                 save_checkpoint(out, now | {"step": step}, optimizer)  # first what would be lost
                 if not stop:
-                    progress, texts = evaluate(model, tokenizer, heldout)
+                    progress, texts = evaluate_responses(model, tokenizer, heldout)
                     record |= progress | blind
                     say(f"step {step}  {heldout_line(record)}")
             write_line(out / "log.jsonl", record)

@@ -1,5 +1,5 @@
 """What the tests train on: empty rooms with waves on their walls, ray cast by hand, three views
-each, in SPAR-7M-RGBD's layout. They share no code with geometry's reader, Eq. 1 or rendered rooms."""
+each, in SPAR-7M-RGBD's layout. They share no code with geometry's reader, Eq. 1 or rooms."""
 
 import json
 

@@ -406,8 +406,9 @@ def test_warnings(change, words):
 @pytest.fixture(scope="module")
 def flags(scenes, tiny_model):
     """A random model never ends by itself: short completions."""
-    return [*f"--data {scenes} --model {tiny_model} --lr 1e-3 --group 3 --batch 2 --max-pixels 12544"
-            " --max-new-tokens 12 --save-every 2 --rollouts-every 2".split(), "--out", "out"]
+    return [*f"--data {scenes} --model {tiny_model} --lr 1e-3 --group 3 --batch 2 "
+            "--max-pixels 12544 --max-new-tokens 12 --save-every 2 --rollouts-every 2".split(),
+            "--out", "out"]
 
 
 def go(root, cwd, *flags, out="out", **how):

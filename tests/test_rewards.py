@@ -142,11 +142,9 @@ def test_reasoning_in_words():
     assert rewards.total_reward(text, gold, block="think")["total"] == 2.0
 
 
-def test_instructions_name_every_tag_and_action():
-    for action in ("turn_right_deg", "turn_left_deg", "turn_up_deg", "turn_down_deg",
-                   "move_forward_m", "move_up_m", "move_down_m",
-                   "<action>", "</action>", "<answer>", "</answer>"):
-        assert action in rewards.ACTION_INSTRUCTION
+def test_instructions_name_every_tag():
+    assert all(tag in rewards.ACTION_INSTRUCTION
+               for tag in ("<action>", "</action>", "<answer>", "</answer>"))
     assert "<think>" in rewards.LANGUAGE_INSTRUCTION and "<" not in rewards.ANSWER_INSTRUCTION
 
 
@@ -175,7 +173,6 @@ def test_stop_like_plans():
     gold = [{"move_forward_m": 0.1}]
     for stop in ([], [{"move_forward_m": 0}], [{"turn_left_deg": 20}, {"turn_right_deg": 20}]):
         assert act(stop, gold) == 0.0
-        assert abs(act(stop, gold, stop_penalty=False) - math.exp(-0.1)) < 1e-9
         assert act(stop, []) == 1.0  # where the gold stays too, staying is right
     assert act([{"turn_left_deg": 2}], gold) > 0.8
     far = [{"turn_left_deg": 40}, {"move_forward_m": 2}]  # a token move is no move
@@ -263,7 +260,36 @@ def test_every_fill_task_of_spar_has_a_metric():
         depth_prediction_oo distance_infer_center_oc distance_infer_center_oo
         distance_prediction_oc distance_prediction_oo spatial_volume_infer appearance_order
         distance_infer_center_oo_video distance_prediction_oo_video obj_count room_size""".split()
-    assert set(tasks) == set(rewards.METRICS)
+    metrics = {task: [its for name, its in rewards.METRICS.items() if task.startswith(name)]
+               for task in tasks}
+    assert all(len(found) == 1 for found in metrics.values())
+    assert metrics["distance_prediction_oo_video"] == metrics["obj_count"] == [rewards.numeric]
+    assert metrics["distance_infer_center_oo_mv"] == [rewards.object_phrase]
+
+
+@pytest.mark.parametrize("prediction, score", [
+    ("right 20", 1.0), ("Right 21", 1.0), ("right 24", 0.6), ("right 30", 0.1), ("left 20", 0.0),
+    ("20", 0.0), ("right", 0.0), ("right 20 degrees", 0.0), ("turn right 20", 0.0)])
+def test_camera_turn(prediction, score):
+    """The way must be right; then the degrees are scored as any number."""
+    assert rewards.answer_reward(prediction, "right 20", "camera_turn", "fill") == score
+
+
+def test_constant_plan():
+    """Two golds that turn right by 30 and one that goes forward: the turn is the better bet."""
+    turn, go = [{"turn_right_deg": 30}], [{"move_forward_m": 2.0}]
+    score, plan = rewards.constant_plan([{(0, 1): its} for its in (turn, go, turn)])
+    assert plan == turn and abs(score - (2 + math.exp(-2 - 1)) / 3) < 1e-9
+    score, plan = rewards.constant_plan([{(0, 1): go, (0, 2): turn, (1, 2): turn}])
+    assert plan == turn and abs(score - (2 + math.exp(-2 - 1)) / 3) < 1e-9  # mean over pairs
+    assert rewards.only_turns({(0, 1): turn, (0, 2): []})
+    assert not rewards.only_turns({(0, 1): turn, (0, 2): go})
+
+
+def test_gold_plans_of_poses():
+    """Camera 1 stands 2 m ahead of camera 0 and looks to the right."""
+    poses = np.eye(4), np.array([[0, 0, 1, 0], [0, 1, 0, 0], [-1, 0, 0, 2], [0, 0, 0, 1.0]])
+    assert rewards.gold_plans(poses) == {(0, 1): [{"move_forward_m": 2.0}, {"turn_right_deg": 90}]}
 
 
 def test_unknown_tasks_fall_back_and_say_so_once():
@@ -364,7 +390,7 @@ def test_any_text_whatsoever():
     rng = random.Random(0)
     golds = {"select": "C", "numeric": "1.5", "object_phrase": "fusebox (green point)",
              "exact": "yes", "position_matching": "(1,2,30,40)", "camera_motion": "(606,69),2.8",
-             "view_change": "move_left:2.6,rotate_up:10"}
+             "view_change": "move_left:2.6,rotate_up:10", "camera_turn": "left 20"}
     cases = [*sorted(rewards.METRICS), "unheard_of"]
     seen = set()
     with warnings.catch_warnings():
