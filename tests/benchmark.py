@@ -1,19 +1,20 @@
 """Speed and memory, as ratios within one run: python tests/benchmark.py WHAT
 
-    pasta   Eq. 1 against a warp of every pixel; a training step against the bare encoder; memory;
-            on a CUDA GPU also Qwen2.5-VL-3B's vision tower at its real size
-    index   a million lines of annotations
-    rewards 32 completions about three views, as one step of reinforcement learning scores
-    sft     tokens/s beside transformers.Trainer (needs accelerate); memory of the loss at Qwen's
-            151,936 words; on a CUDA GPU also the 3B configuration
-    grpo    a step with one sequence a group beside G separate rows; --peer: beside TRL's trainer
-    evaluate    greedy answers beside transformers' `generate`; scoring 7,000 predictions
+    pasta    Eq. 1 against a warp of every pixel; a training step against the bare encoder; memory
+    index    a million lines of annotations
+    rewards  32 completions about three views, as one step of reinforcement learning scores
+    sft      a step beside transformers.Trainer at batch 1 (needs accelerate); memory of the loss at
+             Qwen's 151,936 words
+    grpo     a prompt computed once beside G separate rows; --peer: a step beside TRL's trainer
+    evaluate scoring 7,000 predictions
+    gpu      the 3B configuration with random weights, a step of each stage; needs a CUDA GPU
 
 Medians of interleaved repetitions. Nothing here is a test: machines differ, ratios less so.
 """
 
 import argparse
 import contextlib
+import copy
 import io
 import itertools
 import json
@@ -23,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +35,8 @@ from transformers import (
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel)
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import actor_grpo  # noqa: E402
 import actor_sft  # noqa: E402
@@ -43,7 +44,9 @@ import evaluate  # noqa: E402
 import geometry  # noqa: E402
 import pasta  # noqa: E402
 import rewards  # noqa: E402
+import scenes  # noqa: E402
 
+CPU = torch.device("cpu")
 TINY = {"depth": 4, "hidden_size": 128, "intermediate_size": 256, "num_heads": 4,
         "out_hidden_size": 192, "window_size": 112, "fullatt_block_indexes": [1, 3]}
 MIDDLE = {"depth": 8, "hidden_size": 320, "intermediate_size": 856, "num_heads": 5,
@@ -70,12 +73,11 @@ def interleaved(functions, repeat, calls=1):
 def rendered_pair(width=640, height=480):
     rng = np.random.default_rng(0)
     room = geometry.make_room(rng)
-    _, poses = geometry._pick_cameras(room, rng, 64)
     K = np.array([[500.0, 0, 319.5], [0, 500.0, 239.5], [0, 0, 1]])
     return [geometry.View(np.zeros((height, width, 3), np.uint8),
                           geometry.cast(room, K, pose, width, height)[0].astype(np.float32),
                           K, pose)
-            for pose in poses[:2]]
+            for pose in room.poses[:2]]
 
 
 def warp_every_pixel(x, y, n, t=0.05, t_rel=0.05):
@@ -133,44 +135,43 @@ def make_encoder(config, device="cpu"):
         return Qwen2_5_VisionTransformerPretrainedModel._from_config(config, dtype=torch.float32)
 
 
-def training_step(name, config, size, steps, rounds=5):
-    """Steps of pasta's own loop, reading and overlaps included, against forward and backward alone
-    of the same encoder on the same pixels, and of the library's untouched one."""
-    with tempfile.TemporaryDirectory() as folder:
-        data = geometry.render_rooms(Path(folder) / "data", rooms=24, size=size)
-        samples = geometry.load_samples(data, tasks=("depth_prediction_oc_mv",))
-        args = pasta.parse_args(["--data", str(data), "--model", "-", "--steps", str(steps)])
-        frames = pasta.Frames(args, own_val=True)
-        order = pasta.sample_order(range(len(samples)), 0)
-        library, encoder = make_encoder(config), pasta.speed_up(make_encoder(config))
-        optimizer = pasta.Adam(encoder, torch.float32, 1e-5, 1.0)
-        prepare = partial(pasta.pairs_at, samples, frames)
-        stored = [prepare(order(k))[1] for k in range(steps)]
-        times = {"pasta": [], "bare": [], "library": []}
+def make_data(folder, size, **more):
+    """Scenes of three views, `size` pixels a side: a SPAR-7M-RGBD tree."""
+    scenes.render.__defaults__ = size, size
+    return scenes.make_scenes(Path(folder) / f"data{size}", **more)
 
-        def forward_backward(tower):
-            for ready in stored:
-                pixels = torch.cat([frame["patches"] for frame in ready])
-                grid = torch.tensor([(1, *frame["grid"]) for frame in ready])
-                tower(pixels, grid_thw=grid).pooler_output.sum().backward()
+
+def optimizer_of(module, model, dtype=torch.float32, device=CPU, offload=False):
+    return module.Optimizer(model, argparse.Namespace(
+        lr=1e-5, warmup=0, clip=1.0, betas=(0.9, 0.999), offload=offload), dtype, device)
+
+
+def training_step(name, config, size, rounds=5):
+    """Steps of pasta's own loop, reading and overlaps included, against forward and backward alone
+    of the library's encoder on the same pixels."""
+    with tempfile.TemporaryDirectory() as folder:
+        walk = geometry.Walk(make_data(folder, size), 100, 0, ("depth_prediction_oc_mv",))
+        args = pasta.parse_args(["--data", "-"])
+        library, encoder = make_encoder(config), make_encoder(config)
+        optimizer, steps = optimizer_of(pasta, encoder), len(walk.drawn)
+        ready = partial(pasta.prepare, args=args, processor=Qwen2VLImageProcessorPil(
+            size={"shortest_edge": 56 * 56, "longest_edge": size * size}))
+        stored = [ready(sample) for sample in walk.samples]
+
+        def bare():
+            for _, pixels, grids, _ in stored:
+                library(pixels, grid_thw=grids).pooler_output.sum().backward()
 
         def train():
-            with ThreadPoolExecutor(args.workers) as pool:
-                for batch in pasta.prepared_ahead(pool, prepare, order, args, 0, 0, 1):
-                    _, ready, pairs = batch[0]
-                    e = pasta.encode(encoder, ready, args.grid, "cpu")
-                    loss, _ = pasta.alignment_loss(e, pairs, len(pairs), args)
-                    optimizer.backward(loss)
-                    optimizer.step(optimizer.reduce())
+            for ((_, (_, pixels, grids, pairs)),) in walk.batches(ready, 0, steps, 1, 0, 1, 2):
+                e = pasta.encode(encoder, pixels, grids, args.grid)
+                optimizer.backward(pasta.alignment_loss(e, pairs, len(pairs), args)[0])
+                optimizer.step(optimizer.reduce())
 
-        names = ("pasta", "bare", "library")
-        functions = (train, lambda: forward_backward(encoder), lambda: forward_backward(library))
-        times = dict(zip(names, interleaved(functions, rounds)))
-    per = {key: value / steps for key, value in times.items()}
-    print(f"training step, {name} tower, three {size}x{size} views: {per['pasta'] * 1e3:.0f} ms, "
-          f"with images and overlaps; bare forward and backward {per['bare'] * 1e3:.0f} ms: "
-          f"{per['pasta'] / per['bare']:.2f}x; the library's tower as it comes "
-          f"{per['library'] * 1e3:.0f} ms: {per['pasta'] / per['library']:.2f}x")
+        ours, theirs = (seconds / steps for seconds in interleaved([train, bare], rounds))
+    print(f"training step, {name} tower, three {size}x{size} views: {ours * 1e3:.0f} ms, images "
+          f"and overlaps included; bare forward and backward of the library's tower "
+          f"{theirs * 1e3:.0f} ms: {ours / theirs:.2f}x", flush=True)
 
 
 def peak_rss():
@@ -183,11 +184,11 @@ def peak_rss():
 
 def peak_memory(recompute):
     """Peak resident memory of forward and backward on three 448x448 views, over that before."""
-    encoder = pasta.speed_up(make_encoder(MIDDLE))
-    if recompute:
-        for block in encoder.blocks:
-            pasta.recompute_in_backward(block)
-    pasta.Adam(encoder, torch.float32, 1e-5, 1.0)
+    encoder = make_encoder(MIDDLE)
+    for block in encoder.blocks if recompute else ():
+        pasta.recompute_in_backward(block)
+    for p in encoder.parameters():
+        p.grad = torch.zeros_like(p)
     pixels, grid = torch.randn(3 * 1024, 1176), torch.tensor([[1, 32, 32]] * 3)
     before = peak_rss()
     encoder(pixels, grid_thw=grid).pooler_output.sum().backward()
@@ -200,48 +201,6 @@ def memory():
         check=True).stdout) for flag in ([], ["--recompute"]))
     print(f"peak memory of a step, middle tower, three 448x448 views: {kept:.0f} MB of activations "
           f"kept, {recomputed:.0f} MB recomputed: {kept / recomputed:.1f}x")
-
-
-def real_size():
-    """Qwen2.5-VL-3B's vision tower, random weights, bf16 with fp32 master weights, recomputing."""
-    if not torch.cuda.is_available():
-        print("the real size: not measured, no CUDA GPU here")
-        return
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    (matmul,) = interleaved([lambda: ((a @ b), torch.cuda.synchronize())], 20)
-    rate = 2 * 8192**3 / matmul
-    del a, b
-    args = pasta.parse_args(["--grid", "4", "--data", "-", "--model", "-"])
-    S = torch.rand(16, 16, device="cuda")
-    pairs = [(x, y, S) for x, y in itertools.combinations(range(3), 2)]
-    ready = [{"patches": torch.randn(1024, 1176).pin_memory(), "grid": (32, 32)}] * 3
-    for recompute in (True, False):
-        encoder = pasta.speed_up(make_encoder(REAL, "cuda"))
-        optimizer = pasta.Adam(encoder, torch.bfloat16, 1e-5, 1.0)
-        for block in encoder.blocks if recompute else ():
-            pasta.recompute_in_backward(block)
-        torch.cuda.reset_peak_memory_stats()
-
-        def step():
-            e = pasta.encode(encoder, ready, args.grid, "cuda")
-            loss, _ = pasta.alignment_loss(e, pairs, len(pairs), args)
-            optimizer.backward(loss)
-            optimizer.step(optimizer.reduce())
-            torch.cuda.synchronize()
-
-        (seconds,) = interleaved([step], 20)
-        weights = sum(p.numel() for name, p in encoder.named_parameters() if "merger" not in name)
-        merger = sum(p.numel() for p in encoder.merger.parameters())
-        # query . key and weights . value; recomputing is not counted
-        attention = 3 * 1280 * (28 * 1024 * 64 + 4 * 1024 * 1024) * 4
-        useful = 3 * (2 * 3 * 1024 * (weights + merger / 4) + attention)
-        print(f"the real size, three 448x448 views, {'recomputing' if recompute else 'keeping'} "
-              f"activations: {1 / seconds:.2f} steps/s, peak "
-              f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, "
-              f"{useful / seconds / rate:.0%} of the {rate / 1e12:.0f} TFLOP/s "
-              "that a bf16 matrix product of 8192 reaches here")
-        del encoder, optimizer
-        torch.cuda.empty_cache()
 
 
 # ------------------------------------------------------------------------------------- index
@@ -294,71 +253,50 @@ def reward_step():
 # ------------------------------------------------------------------------ supervised fine-tuning
 
 
-def demo_examples(folder, size=224):
-    """The demo's tiny model and examples of both forms: (directory, {"equal", "mixed"} batches)."""
-    data = geometry.render_rooms(Path(folder) / "data", rooms=24, size=size)
-    path = Path(folder) / "model"
-    pasta.make_demo_model(path, data, seed=0)
-    args = actor_sft.parse_args(["--max-pixels", str(size * size)])
-    tokenizer = actor_sft.AutoTokenizer.from_pretrained(path)
-    examples = actor_sft.Examples(args, tokenizer)
-    made = [examples.make(sample, form) for form in ("actions", "answer")
-            for sample in geometry.load_samples(data, tasks=geometry.MULTI_VIEW_TASKS)]
-    made = [made[k] for k in np.random.default_rng(0).permutation(len(made))]
-    three = sorted((e for e in made if e.form == "actions" and e.gold.views == 3),
-                   key=lambda e: len(e.ids))
-    middle = len(three) // 2 - 16
-    return path, {"equal": [three[middle + 8 * k:middle + 8 * k + 8] for k in range(4)],
-                  "mixed": [made[8 * k:8 * k + 8] for k in range(4)]}
+def demo_model(folder, data):
+    """The demo's tiny model: its directory, the model, the tokenizer."""
+    pasta.make_demo_model(Path(folder) / "model", data, seed=0)
+    return Path(folder) / "model", *actor_sft.load_model(
+        *actor_sft.find_model(str(Path(folder) / "model")))
 
 
 def padded(examples, image_token):
     """A batch in the usual form: padded on the right, -100 where nothing is trained."""
-    L = max(len(e.ids) for e in examples)
-    ids, seen = torch.zeros(len(examples), L).long(), torch.zeros(len(examples), L).long()
-    labels = torch.full((len(examples), L), -100)
-    for b, e in enumerate(examples):
-        ids[b, :len(e.ids)], seen[b, :len(e.ids)] = e.ids, 1
-        labels[b, e.prompt:len(e.ids)] = e.ids[e.prompt:]
-    return {"input_ids": ids, "attention_mask": seen, "labels": labels,
-            "pixel_values": torch.cat([e.patches for e in examples]),
-            "image_grid_thw": actor_sft.grids_of(examples),
-            "mm_token_type_ids": (ids == image_token).int()}
+    (e,) = examples
+    labels = e.ids.clone()
+    labels[:e.prompt] = -100
+    return {"input_ids": e.ids[None], "labels": labels[None], **e.images,
+            "attention_mask": torch.ones_like(e.ids)[None],
+            "mm_token_type_ids": (e.ids == image_token).int()[None]}
 
 
-def our_sft_steps(path, batches):
-    args = actor_sft.parse_args([])
-    model, _ = actor_sft.load_model(path, args, torch.device("cpu"))
-    optimizer = actor_sft.Adam(model, torch.float32, 1e-5, 1.0)
+def our_sft_steps(model, examples):
+    optimizer = optimizer_of(actor_sft, model)
 
     def steps():
-        for batch in batches:
-            for row in actor_sft.pack(batch, model.config.image_token_id, args.max_tokens):
-                log_p, _ = actor_sft.response_log_probs(model, row, torch.device("cpu"))
-                optimizer.backward(-log_p.mean())
+        for example in examples:
+            optimizer.backward(-actor_sft.response_log_probs(model, example).mean())
             optimizer.step(optimizer.reduce())
 
     return steps
 
 
-def trainer_steps(path, batches):
-    """transformers.Trainer on the same batches; it stays as it comes, with its own AdamW."""
+def trainer_steps(model, examples):
+    """transformers.Trainer on the same samples; it stays as it comes, with its own AdamW."""
     from transformers import Trainer, TrainingArguments
 
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path)
     image_token = model.config.image_token_id
-    flat = [example for batch in batches for example in batch]
 
     def steps():
         with tempfile.TemporaryDirectory() as out:
             arguments = TrainingArguments(
-                out, per_device_train_batch_size=len(batches[0]), max_steps=len(batches),
+                out, per_device_train_batch_size=1, max_steps=len(examples),
                 learning_rate=1e-5, lr_scheduler_type="constant", weight_decay=0.0, use_cpu=True,
                 remove_unused_columns=False, report_to=[], save_strategy="no", logging_steps=1000,
                 disable_tqdm=True)
-            trainer = Trainer(model, arguments, train_dataset=flat,
+            trainer = Trainer(model, arguments, train_dataset=examples,
                               data_collator=lambda some: padded(some, image_token))
-            trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(flat)
+            trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(examples)
             with contextlib.redirect_stdout(io.StringIO()):  # its own report
                 trainer.train()
 
@@ -371,30 +309,22 @@ def sft():
     except ImportError:
         sys.exit("benchmark.py sft: transformers.Trainer needs it: pip install accelerate")
     with tempfile.TemporaryDirectory() as folder:
-        path, sets = demo_examples(folder)
-        for name, batches in sets.items():
-            lengths = [[len(e.ids) for e in batch] for batch in batches]
-            real = sum(map(sum, lengths))
-            padding = 1 - real / sum(len(one) * max(one) for one in lengths)
-            theirs, ours = interleaved(
-                [trainer_steps(path, batches), our_sft_steps(path, batches)], 5)
-            print(f"sft, samples of {name} length, 8 a step: Trainer {real / theirs:,.0f} tokens/s "
-                  f"({padding:.0%} padding beside them), packed rows {real / ours:,.0f} "
-                  f"(no padding): {theirs / ours:.2f}x", flush=True)
-    for what in ("trainer", "ours", "plain-loss", "chunked-loss"):
+        data = make_data(folder, 224)
+        path, model, tokenizer = demo_model(folder, data)
+        plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(path)
+        make = partial(actor_sft.make_example, args=actor_sft.parse_args(["--data", "-"]),
+                       tokenizer=tokenizer, form="actions", processor=Qwen2VLImageProcessorPil(
+                           size={"shortest_edge": 56 * 56, "longest_edge": 224 * 224}))
+        examples = list(map(make, geometry.load_samples(data)))
+        tokens = sum(len(e.ids) for e in examples)
+        theirs, ours = interleaved(
+            [trainer_steps(plain, examples), our_sft_steps(model, examples)], 5)
+        print(f"sft, batch 1, two or three 224x224 images: Trainer {tokens / theirs:,.0f} "
+              f"tokens/s, ours {tokens / ours:,.0f}: {theirs / ours:.2f}x", flush=True)
+    for what in ("plain-loss", "chunked-loss"):
         peak = float(subprocess.run([sys.executable, __file__, "peak-memory", "--of", what],
                                     capture_output=True, text=True, check=True).stdout.split()[-1])
         print(f"peak memory, {what}: {peak:.0f} MB", flush=True)
-    real_sft()
-
-
-def sft_peak(what):
-    with tempfile.TemporaryDirectory() as folder:
-        path, sets = demo_examples(folder)
-        steps = (trainer_steps if what == "trainer" else our_sft_steps)(path, sets["mixed"])
-        before = peak_rss()
-        steps()
-        print(peak_rss() - before)
 
 
 def loss_peak(what, W=151_936, D=128, T=2000):
@@ -409,62 +339,8 @@ def loss_peak(what, W=151_936, D=128, T=2000):
     if what == "plain-loss":
         torch.nn.functional.cross_entropy(hidden @ weight.T, targets).backward()
     else:
-        (-actor_sft.TokenLogProbs.apply(hidden, weight, targets)[0].mean()).backward()
+        (-actor_sft.log_probs(hidden, weight, targets).mean()).backward()
     print(peak_rss() - before)
-
-
-def published_3b():
-    """Qwen2.5-VL-3B-Instruct's configuration, from its config.json, with random weights."""
-    return Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 11_008,
-            "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
-            "max_position_embeddings": 128_000, "rms_norm_eps": 1e-6,
-            "rope_parameters": {
-                "rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}},
-        vision_config=REAL, tie_word_embeddings=True, image_token_id=151_655,
-        video_token_id=151_656, vision_start_token_id=151_652, vision_end_token_id=151_653)
-
-
-def real_sft():
-    """One sample of three 448x448 images, 250 response tokens, at 3B."""
-    if not torch.cuda.is_available():
-        print("sft at 3B: not measured, no CUDA GPU here")
-        return
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    (matmul,) = interleaved([lambda: ((a @ b), torch.cuda.synchronize())], 20)
-    rate = 2 * 8192**3 / matmul
-    del a, b
-    for offload in (False, True):
-        torch.cuda.empty_cache()
-        with torch.device("cpu" if offload else "cuda"):
-            model = Qwen2_5_VLForConditionalGeneration(published_3b())
-        actor_sft.prepare_model(model, None, recompute=True)
-        optimizer = actor_sft.Adam(model, torch.bfloat16, 1e-5, 1.0)
-        model.to("cuda")
-        prompt = torch.cat([torch.full((40,), 9707), *(
-            torch.tensor([151_652, *[151_655] * 256, 151_653]) for _ in range(3)),
-            torch.full((120,), 9707)])
-        example = actor_sft.Example("", torch.cat([prompt, torch.full((250,), 1000)]), len(prompt),
-                                    torch.randn(3 * 1024, 1176), [(16, 16)] * 3, None, "actions")
-        (row,) = actor_sft.pack([example], 151_655, 8192)
-        torch.cuda.reset_peak_memory_stats()
-
-        def step():
-            log_p, _ = actor_sft.response_log_probs(model, row, torch.device("cuda"))
-            optimizer.backward(-log_p.mean())
-            optimizer.step(optimizer.reduce())
-            torch.cuda.synchronize()
-
-        (seconds,) = interleaved([step], 3 if offload else 10)
-        text = sum(p.numel() for p in model.model.language_model.layers.parameters())
-        vision = sum(p.numel() for p in model.model.visual.parameters())
-        useful = 6 * (text * len(row.ids) + vision * 3072 + 151_936 * 2048 * 250)
-        print(f"sft at 3B, three 448x448 images, 250 response tokens{', --offload' * offload}: "
-              f"{len(row.ids) / seconds:,.0f} tokens/s, peak "
-              f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, {useful / seconds / rate:.0%} "
-              f"of the {rate / 1e12:.0f} TFLOP/s that a bf16 matrix product of 8192 reaches here")
-        del model, optimizer
 
 
 # ----------------------------------------------------------------------------------- GRPO
@@ -472,28 +348,20 @@ def real_sft():
 
 def grpo_setting(folder, size, G, T):
     """The tiny model twice, a prompt of three images, random completions of T tokens."""
-    data = geometry.render_rooms(Path(folder) / f"data{size}", rooms=2, size=size, held_out=0)
-    path = Path(folder) / "model"
-    if not path.exists():
-        pasta.make_demo_model(path, data, seed=0)
-    args = actor_grpo.parse_args(["--max-pixels", str(size * size)])
-    args.no_recompute = True
-    model, tokenizer = actor_grpo.load_model(path, args, torch.device("cpu"))
-    plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(path)
-    prompts = actor_grpo.Prompts(args, tokenizer, model.config.image_token_id)
+    data = make_data(folder, size)
+    _, model, tokenizer = demo_model(folder, data)
     sample = geometry.load_samples(data, tasks=("depth_prediction_oc_mv",))[0]
-    tokens = torch.randint(10, 500, (G, T), generator=torch.Generator().manual_seed(0))
-    return model, plain, prompts.make(sample), tokens, tokenizer
+    prompt = actor_grpo.make_prompt(
+        sample, actor_grpo.parse_args(["--data", "-"]), tokenizer, Qwen2VLImageProcessorPil(
+            size={"shortest_edge": 56 * 56, "longest_edge": size * size}), model)
+    tokens = torch.randint(10, 400, (G, T), generator=torch.Generator().manual_seed(0))
+    return model, copy.deepcopy(model), prompt, tokens, tokenizer
 
 
-def one_sequence_phases(model, prompt, tokens, banned):
+def one_prompt_phases(model, prompt, tokens, banned):
     G, T = tokens.shape
     mask, A = torch.ones_like(tokens, dtype=torch.bool), torch.linspace(-1, 1, G)
-    noise = actor_grpo.uniforms(0, 0, 0, G, T)[None]
-
-    def rollout():
-        with torch.no_grad():
-            actor_grpo.rollout(model, [prompt], noise, [T], 1.0, banned, [-1], [None])
+    noise = actor_grpo.uniforms(0, 0, 0, G, T)
 
     def reference():
         with torch.no_grad():
@@ -504,7 +372,7 @@ def one_sequence_phases(model, prompt, tokens, banned):
         old = log_p.detach()
         actor_grpo.grpo_loss(log_p, old, old, A, mask, 0.2, 0.01)[0].backward()
 
-    return rollout, reference, policy
+    return partial(actor_grpo.rollout, model, prompt, noise, 1.0, banned, [-1]), reference, policy
 
 
 def separate_row_phases(model, prompt, tokens):
@@ -513,8 +381,7 @@ def separate_row_phases(model, prompt, tokens):
     G, T = tokens.shape
     mask, A = torch.ones_like(tokens, dtype=torch.bool), torch.linspace(-1, 1, G)
     ids = torch.cat([prompt.ids.expand(G, -1), tokens], dim=1)
-    image = {"pixel_values": prompt.patches.repeat(G, 1),
-             "image_grid_thw": prompt.grids.repeat(G, 1)}
+    image = {key: its.repeat(G, 1) for key, its in prompt.images.items()}
 
     def log_probs():
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **image,
@@ -525,8 +392,8 @@ def separate_row_phases(model, prompt, tokens):
     def rollout():
         one = ids[:1, :-T]
         model.generate(
-            input_ids=one, attention_mask=torch.ones_like(one), pixel_values=prompt.patches,
-            image_grid_thw=prompt.grids, do_sample=True, top_k=0, num_return_sequences=G,
+            input_ids=one, attention_mask=torch.ones_like(one), **prompt.images,
+            do_sample=True, top_k=0, num_return_sequences=G,
             mm_token_type_ids=(one == model.config.image_token_id).int(),
             max_new_tokens=T, min_new_tokens=T, pad_token_id=0)
 
@@ -571,8 +438,7 @@ def peer(G=8, T=96, steps=6):
         def __call__(self, text, **_):
             ids = self.prompt.ids.expand(len(text), -1)
             return {"input_ids": ids, "attention_mask": torch.ones_like(ids),
-                    "pixel_values": self.prompt.patches.repeat(len(text), 1),
-                    "image_grid_thw": self.prompt.grids.repeat(len(text), 1),
+                    **{key: its.repeat(len(text), 1) for key, its in self.prompt.images.items()},
                     "mm_token_type_ids": (
                         ids == self.tokenizer.convert_tokens_to_ids("<|image_pad|>")).int()}
 
@@ -589,9 +455,9 @@ def peer(G=8, T=96, steps=6):
     for size in (224, 448):
         with tempfile.TemporaryDirectory() as folder:
             model, plain, prompt, tokens, tokenizer = grpo_setting(folder, size, G, T)
-            optimizer = actor_grpo.Adam(model, torch.float32, 1e-5, 1.0)
+            optimizer = optimizer_of(actor_grpo, model)
             banned = tokenizer.convert_tokens_to_ids(actor_grpo.BANNED)
-            phases, ours, theirs = one_sequence_phases(model, prompt, tokens, banned), [], []
+            phases, ours, theirs = one_prompt_phases(model, prompt, tokens, banned), [], []
 
             class Between(TrainerCallback):
                 """Times TRL's steps, and after each of them one of ours."""
@@ -632,22 +498,22 @@ def grpo(G=8, T=96):
         with tempfile.TemporaryDirectory() as folder:
             model, plain, prompt, tokens, tokenizer = grpo_setting(folder, size, G, T)
             banned = tokenizer.convert_tokens_to_ids(actor_grpo.BANNED)
-            ours = one_sequence_phases(model, prompt, tokens, banned)
+            ours = one_prompt_phases(model, prompt, tokens, banned)
             theirs = separate_row_phases(plain, prompt, tokens)
             difference = float((ours[1]() - theirs[1]()).abs().max())
             seconds = interleaved([*ours, *theirs], 5)
             print(f"grpo, three {size}x{size} images, {len(prompt.ids)} prompt tokens, {G} "
                   f"completions of {T} (log p differs by {difference:.0e}):")
             for k, name in enumerate(("rollout", "reference", "policy")):
-                print(f"  {name:9}  one sequence {seconds[k]:.2f} s, separate rows "
+                print(f"  {name:9}  one prompt {seconds[k]:.2f} s, separate rows "
                       f"{seconds[k + 3]:.2f} s: {seconds[k + 3] / seconds[k]:.1f}x")
             one, rows = sum(seconds[:3]), sum(seconds[3:])
-            print(f"  in all     one sequence {one:.2f} s, separate rows {rows:.2f} s: "
+            print(f"  in all     one prompt {one:.2f} s, separate rows {rows:.2f} s: "
                   f"{rows / one:.1f}x", flush=True)
         peaks = [float(subprocess.run(
             [sys.executable, __file__, "peak-memory", "--of", what, "--size", str(size)],
             capture_output=True, text=True, check=True).stdout.split()[-1])
-            for what in ("one-sequence", "separate-rows")]
+            for what in ("one-prompt", "separate-rows")]
         print(f"  peak memory of the policy pass: {peaks[0]:.0f} MB, separate rows "
               f"{peaks[1]:.0f} MB: {peaks[1] / peaks[0]:.1f}x", flush=True)
 
@@ -655,7 +521,7 @@ def grpo(G=8, T=96):
 def grpo_peak(what, size):
     with tempfile.TemporaryDirectory() as folder:
         model, plain, prompt, tokens, _ = grpo_setting(folder, size, 8, 96)
-        phases = (one_sequence_phases(model, prompt, tokens, []) if what == "one-sequence"
+        phases = (one_prompt_phases(model, prompt, tokens, []) if what == "one-prompt"
                   else separate_row_phases(plain, prompt, tokens))
         before = peak_rss()
         phases[2]()
@@ -665,71 +531,112 @@ def grpo_peak(what, size):
 # ----------------------------------------------------------------------------------- evaluation
 
 
-def answering(B=16, T=128):
-    """Tokens/s of B prompts of different length at once, and whether the texts are the same."""
-    with tempfile.TemporaryDirectory() as folder:
-        data = geometry.render_rooms(Path(folder) / "data", rooms=8, held_out=0.5)
-        path = Path(folder) / "model"
-        pasta.make_demo_model(path, data, seed=0)
-        evaluate.import_torch()
-        args = evaluate.parse_args(["--data", str(data), "--max-new-tokens", str(T)])
-        ours, tokenizer = evaluate.load_for_answers(path, "fp32", torch.device("cpu"))
-        plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(path).eval()
-        processor = Qwen2VLImageProcessorPil(
-            size={"shortest_edge": 56 * 56, "longest_edge": args.max_pixels})
-        items = evaluate.load_items("rooms", data)
-        asked = [evaluate.ask(k, items, args, tokenizer, processor) for k in range(B)]
-        L = max(one.prompt for one in asked)
-        ids = torch.stack([torch.nn.functional.pad(one.ids, (L - one.prompt, 0)) for one in asked])
-        seen = torch.stack([torch.arange(L) >= L - one.prompt for one in asked]).long()
-        never, written = len(tokenizer) - 1, {}  # no end token: every response has T tokens
-
-        def theirs():
-            written["theirs"] = plain.generate(
-                input_ids=ids, attention_mask=seen, pixel_values=torch.cat(
-                    [one.patches for one in asked]), image_grid_thw=evaluate.grids_of(asked),
-                mm_token_type_ids=(ids == plain.config.image_token_id).int(), do_sample=False,
-                max_new_tokens=T, eos_token_id=never, pad_token_id=0)[:, L:].tolist()
-
-        def mine():
-            written["ours"] = evaluate.generate_greedily(
-                ours, asked, [never], T, torch.device("cpu"))
-
-        seconds = interleaved([theirs, mine], 5)
-        same = np.mean([a == b for a, b in zip(written["theirs"], written["ours"])])
-        print(f"evaluate, {B} prompts of {min(one.prompt for one in asked)} to {L} tokens, {T} new "
-              f"ones each: generate {B * T / seconds[0]:,.0f} tokens/s, ours "
-              f"{B * T / seconds[1]:,.0f}: {seconds[0] / seconds[1]:.2f}x; {same:.0%} of the "
-              "responses are the same", flush=True)
-
-
 def scoring(N=7000):
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "predictions.jsonl"
-        lines = [{"args": {"bench": "spar-mv", "model": "m", "mode": "action", "data": None}}]
-        for k in range(N):
-            task = str(rng.choice(evaluate.SPAR_MULTI_VIEW))
-            plans = {pair: [{"turn_right_deg": int(rng.integers(90))}, {"move_forward_m": 1.5}]
-                     for pair in rewards.required_pairs(3)}
-            lines.append({"id": k, "task": task, "question": "Where?" * 50, "gold": "A",
-                          "mode": "action", "views": 3,
-                          "response": rewards.write_response(plans, "B")})
-        path.write_text("\n".join(map(json.dumps, lines)))
+        data, path = Path(folder) / "spar.jsonl", Path(folder) / "predictions.jsonl"
+        plans = {pair: [{"turn_right_deg": 20}, {"move_forward_m": 1.5}]
+                 for pair in rewards.required_pairs(3)}
+        with open(data, "w") as questions, open(path, "w") as responses:
+            for k in range(N):
+                task = str(rng.choice([*evaluate.SPAR_MULTI_VIEW]))
+                gold = {"Low": "1.5", "High": "A"}.get(next(
+                    level for level, its in evaluate.SPAR_LEVELS.items() if task in its), "A")
+                questions.write(json.dumps({
+                    "id": k, "task": task, "question": f"Where? {k}" * 20, "image": ["a.jpg"] * 3,
+                    "answer": "move_right:1.0" if task == "view_change_infer" else gold}) + "\n")
+                responses.write(json.dumps(
+                    {"id": k, "response": rewards.write_response(plans, "B")}) + "\n")
 
         def score():
-            subprocess.run([sys.executable, evaluate.__file__, "--score", path, "--out", folder],
+            subprocess.run([sys.executable, evaluate.__file__, "--score", path, "--bench",
+                            "spar-mv", "--data", data, "--mode", "action", "--out", folder, "--show", "0"],
                            check=True, capture_output=True, cwd=folder)
 
         (seconds,) = interleaved([score], 3)
-        print(f"evaluate, scoring {N:,} stored predictions: {seconds:.1f} s, the whole command")
+        print(f"evaluate, scoring {N:,} stored predictions: {seconds:.1f} s, the whole command, "
+              "importing torch included")
+
+
+# ------------------------------------------------------------------------------------- a CUDA GPU
+
+
+def published_3b():
+    """Qwen2.5-VL-3B-Instruct's configuration, from its config.json."""
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 11_008,
+            "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
+            "max_position_embeddings": 128_000, "rms_norm_eps": 1e-6,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}},
+        vision_config=REAL, tie_word_embeddings=True, image_token_id=151_655,
+        video_token_id=151_656, vision_start_token_id=151_652, vision_end_token_id=151_653)
+
+
+def gpu(G=8, T=288):
+    """A step of each stage at 3B: random bf16 weights, three 448x448 images, recomputing."""
+    if not torch.cuda.is_available():
+        print("the 3B configuration: not measured, no CUDA GPU here")
+        return
+    cuda = torch.device("cuda")
+    torch.set_default_dtype(torch.bfloat16)
+    ids = torch.cat([torch.full((40,), 9707), *(
+        torch.tensor([151_652, *[151_655] * 256, 151_653]) for _ in range(3)),
+        torch.full((120,), 9707)])
+    images = {"pixel_values": torch.randn(3 * 1024, 1176),
+              "image_grid_thw": torch.tensor([[1, 32, 32]] * 3)}
+    S = torch.rand(16, 16, device=cuda, dtype=torch.float32)
+    pairs = [(x, y, S) for x, y in itertools.combinations(range(3), 2)]
+    args = pasta.parse_args(["--data", "-"])
+    tokens = torch.randint(1000, 9000, (G, T), device=cuda)
+    mask, A = torch.ones_like(tokens, dtype=torch.bool), torch.linspace(
+        -1, 1, G, device=cuda, dtype=torch.float32)
+
+    def align(model):
+        e = pasta.encode(model, *images.values(), 4)
+        return pasta.alignment_loss(e, pairs, len(pairs), args)[0]
+
+    def tune(model):
+        example = actor_sft.Example(
+            "", torch.cat([ids, torch.full((250,), 1000)]), len(ids), images, None, "actions")
+        return -actor_sft.response_log_probs(model, example).mean()
+
+    def reinforce(model):
+        positions, _ = model.model.get_rope_index(
+            ids[None], (ids == 151_655).int()[None], image_grid_thw=images["image_grid_thw"])
+        prompt = actor_grpo.Prompt("", ids, positions[:, 0], images, None)
+        log_p = actor_grpo.group_log_probs(model, prompt, tokens, mask, 1.0, recompute=True)
+        return actor_grpo.grpo_loss(log_p, log_p.detach(), log_p.detach(), A, mask, 0.2, 0.01)[0]
+
+    for name, loss_of, offload in (("pasta", align, False), ("sft", tune, False),
+                                   ("sft --offload", tune, True), ("grpo", reinforce, False)):
+        with cuda:
+            model = Qwen2_5_VLForConditionalGeneration(published_3b())
+        blocks = [*model.model.visual.blocks]
+        blocks += [*model.model.language_model.layers] if loss_of is tune else []
+        for block in blocks:
+            actor_sft.recompute_in_backward(block)
+        trained = model.model.visual if loss_of is align else model
+        optimizer = optimizer_of(actor_sft, trained, torch.bfloat16, cuda, offload)
+        torch.cuda.reset_peak_memory_stats()
+
+        def step(optimizer=optimizer, trained=trained, loss_of=loss_of):
+            optimizer.backward(loss_of(trained))
+            optimizer.step(optimizer.reduce())
+            torch.cuda.synchronize()
+
+        (seconds,) = interleaved([step], 3)
+        print(f"{name} at 3B, three 448x448 images: {seconds:.2f} s a step, peak "
+              f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True)
+        del model, trained, optimizer, blocks, step
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "what",
-        choices=("pasta", "index", "rewards", "sft", "grpo", "evaluate", "peak-memory"))
+    parser.add_argument("what", choices=(
+        "pasta", "index", "rewards", "sft", "grpo", "evaluate", "gpu", "peak-memory"))
     parser.add_argument("--recompute", action="store_true", help="of peak-memory")
     parser.add_argument("--of", help="of peak-memory: whose")
     parser.add_argument("--peer", action="store_true", help="of grpo: beside TRL's GRPOTrainer")
@@ -744,10 +651,9 @@ if __name__ == "__main__":
     elif chosen.what == "grpo":
         peer() if chosen.peer else grpo()
     elif chosen.what == "evaluate":
-        answering()
         scoring()
-    elif chosen.of in ("trainer", "ours"):
-        sft_peak(chosen.of)
+    elif chosen.what == "gpu":
+        gpu()
     elif chosen.of in ("plain-loss", "chunked-loss"):
         loss_peak(chosen.of)
     elif chosen.of:
@@ -756,7 +662,6 @@ if __name__ == "__main__":
         peak_memory(chosen.recompute)
     else:
         overlap()
-        training_step("tiny", TINY, 224, steps=20)
-        training_step("middle", MIDDLE, 448, steps=4)
+        training_step("tiny", TINY, 224)
+        training_step("middle", MIDDLE, 448)
         memory()
-        real_size()
