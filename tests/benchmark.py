@@ -550,8 +550,8 @@ def scoring(N=7000):
 
         def score():
             subprocess.run([sys.executable, evaluate.__file__, "--score", path, "--bench",
-                            "spar-mv", "--data", data, "--mode", "action", "--out", folder, "--show", "0"],
-                           check=True, capture_output=True, cwd=folder)
+                            "spar-mv", "--data", data, "--mode", "action", "--out", folder,
+                            "--show", "0"], check=True, capture_output=True, cwd=folder)
 
         (seconds,) = interleaved([score], 3)
         print(f"evaluate, scoring {N:,} stored predictions: {seconds:.1f} s, the whole command, "
