@@ -78,6 +78,8 @@ def parse_args(argv=None):
     p.add_argument("--out", help="default: out/sft, or out/cold_start if there are actions")
     p.add_argument("--samples", type=int, help="how many multi-image samples to draw; paper, "
                                                "default: 10,000, a tenth for --target actions")
+    p.add_argument("--tasks", nargs="+", help="SPAR tasks to train on; default: all with several "
+                                              "images, demo: camera_turn, for actions all")
     p.add_argument("--mix", type=float, default=0.1,  # not in the paper
                    help="share of action responses in --target mixed")
     p.add_argument("--max-pixels", type=int, help="budget per image, larger ones are scaled down; "
@@ -86,7 +88,7 @@ def parse_args(argv=None):
                    help="keep the image encoder, or the language model, as it is; default: "
                         "nothing, demo: vision")
     # optimisation
-    p.add_argument("--steps", type=int, help="default: one epoch; demo: 400, actions 640")
+    p.add_argument("--steps", type=int, help="default: one epoch; demo: 300, actions 400")
     p.add_argument("--batch", type=int,
                    help="samples per step over all processes; paper: 1; demo: 16")
     p.add_argument("--lr", type=float, help="paper: 1e-5; demo: 4e-4")
@@ -119,9 +121,11 @@ def parse_args(argv=None):
     if first.data is None:  # the only place where demo and real run differ
         values |= {"data": str(DEMO / "data"), "samples": 20_000, "max_pixels": 112 * 112,
                    "freeze": "vision", "batch": 16, "lr": 4e-4, "warmup": 50, "betas": [0.9, 0.98],
-                   "steps": 640 if actions else 400, "no_recompute": True}
+                   "tasks": list(geometry.MULTI_VIEW_TASKS) if actions else ["camera_turn"],
+                   "steps": 400 if actions else 300, "no_recompute": True}
     else:
         values |= {"samples": 1_000 if actions else 10_000, "max_pixels": 448 * 448,
+                   "tasks": list(geometry.MULTI_VIEW_TASKS),
                    "freeze": "nothing", "batch": 1, "lr": 1e-5, "warmup": 0, "betas": [0.9, 0.999]}
     return settle(p, argv, values)
 
@@ -628,7 +632,7 @@ def main(argv=None):
     out, (source, headers) = Path(args.out), find_model(args.model)
 
     # samples to train on, in the order of --seed, and others to look at
-    walk = geometry.Walk(args.data, args.samples, args.seed)
+    walk = geometry.Walk(args.data, args.samples, args.seed, args.tasks)
     args.steps = args.steps or max(1, len(walk.drawn) // args.batch)
     args.save_every = args.save_every or max(1, args.steps // 4)
     now, state = begin(args, walk, source)
