@@ -384,8 +384,9 @@ def put_heads_in(model):
     for project in (where.q_proj, where.k_proj):
         project.weight.zero_()  # attention by position alone
         project.bias.normal_(0, 2)
-    where.o_proj.weight *= 3
+    where.o_proj.weight *= 6
     where.o_proj.weight[:128] = 0
+    what.q_proj.weight *= 4
     what.q_proj.weight[:, 128:] = 0
     q = what.q_proj.weight.unflatten(0, (3, 2, 32))  # heads, halves of a rotation, frequencies
     q[:, :, :8] = 0  # blind to the high frequencies: a little to the side is as good
@@ -393,7 +394,7 @@ def put_heads_in(model):
     for project, sign in ((what.q_proj, 4), (what.k_proj, -4)):  # but not one's own neighbours
         project.bias.unflatten(0, (3, 2, 32))[:, 0, 2:5] = sign
     what.v_proj.weight[:, :128] = 0
-    what.o_proj.weight *= 2
+    what.o_proj.weight *= 8
     for attention in others:
         attention.q_proj.weight *= 0.3
         attention.k_proj.weight *= 0.3
