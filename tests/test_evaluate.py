@@ -1,14 +1,16 @@
 """evaluate.py: the official scorers, the averages of the tables, every published format from disk
 to table, files as people have them, predictions that continue, and a page that shows anything."""
 
-import html.parser
+import html
 import io
 import json
 import math
 import os
 import re
 import shutil
+import sys
 import xml.etree.ElementTree
+import zlib
 
 import numpy as np
 import pytest
@@ -30,12 +32,10 @@ def jpeg(colour="red", size=(64, 48)):
 
 
 def results(out):
-    return json.loads((out / "results.json").read_text())
-
-
-def table(out):
-    """The rows of the last run: {label: [depth, n, score, low, high]}."""
-    return results(out)["runs"][-1]["rows"]
+    """results.json, and in it the fields of its last run, "rows" {label: [depth, n, score, low,
+    high]} among them."""
+    found = json.loads((out / "results.json").read_text())
+    return found | found["runs"][-1]
 
 
 def predictions(out):
@@ -44,22 +44,19 @@ def predictions(out):
     return {line["id"]: line for line in lines}
 
 
-def write_lines(path, lines, encoding="utf-8"):
+def write_lines(path, lines, tail="", encoding="utf-8"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding=encoding)
+    path.write_text("\n".join([*map(json.dumps, lines), tail]), encoding=encoding)
     return path
-
-
-# ------------------------------------------------------------------------------- official scorers
 
 
 def test_recorded_official_scores(shared):
     spar, mindcube, mmsi = (
-        list(map(json.loads, (shared / f"scorer_cases/{name}_cases.jsonl").open(encoding="utf-8")))
+        list(map(json.loads, open(shared / f"scorer_cases/{name}_cases.jsonl", encoding="utf-8")))
         for name in ("spar", "mindcube", "mmsi"))
     assert min(map(len, (spar, mindcube, mmsi))) > 20
     for case in spar:
-        expected = case["official_score"] if case["prediction"] else 0.0  # the one that differs
+        expected = case["official_score"] * bool(case["prediction"])  # the one that differs
         assert evaluate.score_spar(case["task"], case["prediction"], case["gold"]) == (
             pytest.approx(expected, abs=1e-12)), case
     for case in mindcube:
@@ -70,38 +67,34 @@ def test_recorded_official_scores(shared):
             case["official_score"]), case
 
 
-@pytest.mark.parametrize("task, cases", [
-    ("obj_spatial_relation_oo", (("D. right", "D", 1), ("(D)", "D", 0), ("", "D", 0))),
-    ("position_matching", (("c", "C", 1),)),
-    ("depth_prediction_oc", (  # one view: the first number
-        ("between 2.0 and 9", "2.0", 1), ("none", "0.0", 0), ("^3 2", "2", 1), ("1.8", "2.0", 0.9),
-        ("1", "none", 0))),
-    ("depth_prediction_oc_mv", (  # several: the last
-        ("between 2.0 and 9", "2.0", 0), ("between 9 and 2.0", "2.0", 1))),
-    ("view_change_infer", (
-        ("move_left:1.3", "move_left:2.6", 0.8),  # relative to the prediction
-        ("move_left:5.2", "move_left:2.6", 0.82),  # 0.5 is within the loosest
-        ("move_right:-2.6", "move_left:2.6", 1), ("move left", "move_left:2.6", 0),
-        ("move_left:2.6,note:x", "move_left:2.6", 0))),
-    ("camera_turn", (("left 20", "right 20", 0), ("right 20", "right 20", 1)))])
-def test_spar_scores(task, cases):
-    for prediction, gold, score in cases:
-        assert evaluate.score_spar(task, prediction, gold) == pytest.approx(score), prediction
-
-
-@pytest.mark.parametrize("read, cases", [
-    (evaluate.cvbench_letter, {
-        "(B)": "b", "b": "b", "The answer is (C).": "c", "Answer: A": "a", "D. left": "d", "": "",
-        "A desk": "a", "b.": "b", "The answer is: B": ":"}),  # so it reads this
-    (evaluate.mindcube_letter, {
-        "The answer is Behind the sofa": "B", "My answer is Above": "A", "(B)Answer:D": "D",
-        "<Answer>the answer is C<x> D": "C", "<Answer>A or B</Answer> C": "B", "": None}),
-    (evaluate.answer_of, {
-        "<action>[]</action><answer> B. left\n</answer>": "B. left", "plain": "plain",
-        "<answer>cut off": "cut off", '<action>[{"from":0': "", "<think>A.</think> C": "C",
-        "<answer>A</answer><answer>B</answer>": "A", "": ""})])
-def test_what_is_read_from_a_text(read, cases):
-    assert {text: read(text) for text in cases} == cases
+def test_scores_and_letters():
+    for task, *cases in (
+            ("obj_spatial_relation_oo", ("D. right", "D", 1), ("(D)", "D", 0), ("", "D", 0)),
+            ("position_matching", ("c", "C", 1)),
+            ("depth_prediction_oc", ("between 2.0 and 9", "2.0", 1),  # one view: the first number
+             ("none", "0.0", 0), ("^3 2", "2", 1), ("1.8", "2.0", 0.9), ("1", "none", 0)),
+            ("depth_prediction_oc_mv", ("between 2.0 and 9", "2.0", 0),  # several: the last
+             ("between 9 and 2.0", "2.0", 1)),
+            ("view_change_infer", ("move_left:1.3", "move_left:2.6", 0.8),  # by the prediction
+             ("move_left:5.2", "move_left:2.6", 0.82),  # 0.5 is within the loosest
+             ("move_right:-2.6", "move_left:2.6", 1), ("move left", "move_left:2.6", 0),
+             ("move_left:2.6,note:x", "move_left:2.6", 0)),
+            ("camera_turn", ("left 20", "right 20", 0), ("right 20", "right 20", 1))):
+        for prediction, gold, score in cases:
+            assert evaluate.score_spar(task, prediction, gold) == pytest.approx(score), prediction
+    for read, cases in (
+            (evaluate.cvbench_letter, {
+                "(B)": "b", "b": "b", "The answer is (C).": "c", "Answer: A": "a", "D. left": "d",
+                "": "", "A desk": "a", "b.": "b", "The answer is: B": ":"}),  # so it reads this
+            (evaluate.mindcube_letter, {
+                "The answer is Behind the sofa": "B", "My answer is Above": "A", "": None,
+                "(B)Answer:D": "D", "<Answer>the answer is C<x> D": "C",
+                "<Answer>A or B</Answer> C": "B"}),
+            (evaluate.answer_of, {
+                "<action>[]</action><answer> B. left\n</answer>": "B. left", "plain": "plain",
+                "<answer>cut off": "cut off", '<action>[{"from":0': "", "": "",
+                "<think>A.</think> C": "C", "<answer>A</answer><answer>B</answer>": "A"})):
+        assert {text: read(text) for text in cases} == cases
 
 
 def test_any_text_is_scored():
@@ -115,101 +108,74 @@ def test_any_text_is_scored():
                     assert 0 <= evaluate.score_answer(name, task, text, gold) <= 1
 
 
-# ------------------------------------------------------------------------------------- averages
-
-# Table 1: Low, Mid., High, Avg. / Aro., Rot., Amo., Avg. / Pos., Att., Mot., MSR, Avg. / Overall;
-# Table 4: Low, High, Avg. / 2D, 3D, Avg.; in tenths
 PAPER = {name: [int(number) / 10 for number in row] for name, *row in map(str.split, """
 GPT-4.1            382 370 431 399 596 495 472 506 293 338 387 313 317 407 465 501 482 750 869 809
-SpaceR-7B          316 323 492 391 316 315 287 299 303 254 220 217 267 319 336 463 397 719 811 764
 InternVL-2.5-8B    318 308 482 383 256 370 203 248 310 300 207 232 278 303 329 441 383 740 795 768
 Qwen2.5-VL-3B      134 262 326 249 464 345 353 378 278 192 233 258 256 294 160 325 239 693 722 707
 HATCH              413 474 671 536 656 310 502 502 305 208 233 247 270 436 411 497 452 705 784 745
-""".strip().splitlines())}
-SPAR_COUNTS = dict(zip([task for tasks in evaluate.SPAR_LEVELS.values() for task in tasks], (
+""".strip().splitlines())}  # Table 1: Low, Mid., High, Avg. / Aro., Rot., Amo., Avg. / Pos., Att.,
+# Mot., MSR, Avg. / Overall; Table 4: Low, High, Avg. / 2D, 3D, Avg.; in tenths
+COUNTS = dict(zip([task for tasks in evaluate.SPAR_LEVELS.values() for task in tasks], (
     360, 372, 393, 363, 320, 372, 365, 297, 393, 400, 400, 340, 336, 364, 400, 361, 372, 344, 302,
-    357)))  # in the order of SPAR_LEVELS
-COUNTS = {
-    "spar-mv": {task: SPAR_COUNTS[task] for task in evaluate.SPAR_MULTI_VIEW},
-    "mindcube": {"around": 250, "rotation": 200, "among": 600},
-    "mmsi": dict(zip(evaluate.BENCHES["mmsi"].prompt, (
-        93, 94, 81, 86, 85, 83, 64, 66, 74, 76, 198))),
-    "spar-si": {task: n for task, n in SPAR_COUNTS.items() if task not in evaluate.SPAR_MULTI_VIEW},
-    "cvbench": {"ADE20K": 300, "COCO": 900, "Omni3D": 1200}}  # its formula asks not how many
-
-
-def rows_of(bench, scores, convention="hatch"):
-    """{label: score} of a table whose tasks have these scores {task: [in [0, 1]]}."""
-    rows = evaluate.table_rows(bench, scores, convention, draws=1)
-    return {label: score for label, (_, _, score, *_) in rows.items()}
+    357))) | {"around": 250, "rotation": 200, "among": 600} | dict(zip(
+        evaluate.BENCHES["mmsi"].prompt, (93, 94, 81, 86, 85, 83, 64, 66, 74, 76, 198))
+) | {"ADE20K": 300, "COCO": 900, "Omni3D": 1200}  # questions of each task, as published
 
 
 def test_averages_of_tables_1_and_4():
     """Each from its own groups; those are printed rounded, so 0.1 is as close as it can be."""
-    assert [sum(counts.values()) for counts in COUNTS.values()] == [4345, 1050, 1000, 2866, 2400]
+    benches = ("spar-mv", "mindcube", "mmsi", "spar-si", "cvbench")
     for name, row in PAPER.items():
         row, averages = iter(row), []
-        for bench, counts in COUNTS.items():
+        for bench, total in zip(benches, (4345, 1050, 1000, 2866, 2400)):
             if bench == "spar-si":  # Table 1 is done
                 assert np.mean(averages) == pytest.approx(next(row), abs=0.051), name
-            groups = ([task for task in tasks if task in counts]
-                      for tasks in evaluate.BENCHES[bench].groups.values())
-            scores = {task: [score / 100] * counts[task]
+            its = evaluate.BENCHES[bench]
+            groups = ([task for task in tasks if task in its.prompt and task in COUNTS]
+                      for tasks in its.groups.values())
+            scores = {task: [score / 100] * COUNTS[task]
                       for tasks, score in zip(filter(None, groups), row) for task in tasks}
             averages.append(next(row))
-            assert rows_of(bench, scores)["Avg"] == pytest.approx(averages[-1], abs=0.11), name
+            _, n, average, *_ = evaluate.table_rows(bench, scores, draws=1)["Avg"]
+            assert (n, average) == (total, pytest.approx(averages[-1], abs=0.11)), (name, bench)
     for k, name in enumerate(("Qwen2.5-VL-3B", "HATCH")):  # evaluate.py's own copy
         assert PAPER[name] == [
             both[k] for rows in evaluate.PAPER.values() for both in rows.values()]
 
 
-@pytest.mark.parametrize("bench, scores, convention, expected", [
-    ("spar-mv", {"depth_prediction_oc_mv": [1.0] * 9, "depth_prediction_oo_mv": [0.0]}, "hatch",
-     {"Low": 90, "depth_prediction_oc_mv": 100, "depth_prediction_oo_mv": 0, "Avg": 90}),
-    ("spar-mv", {"depth_prediction_oc_mv": [1.0] * 9, "depth_prediction_oo_mv": [0.0]}, "spar",
-     {"Low": 50, "depth_prediction_oc_mv": 100, "depth_prediction_oo_mv": 0, "Avg": 50}),
-    ("cvbench", {"ADE20K": [1.0] * 9, "COCO": [0.0], "Omni3D": [0.0]}, "hatch",
-     {"2D": 50, "ADE20K": 100, "COCO": 0, "3D": 0, "Omni3D": 0, "Avg": 25}),
-    ("mindcube", {"around": [1.0], "translation": [0.0] * 9}, "hatch",  # which does not count
-     {"Around": 100, "Translation": 0, "Avg": 100})])
-def test_averages(bench, scores, convention, expected):
-    assert rows_of(bench, scores, convention) == pytest.approx(expected)
-
-
-def test_bootstrap_interval_is_as_wide_as_theory_says():
-    _, n, score, low, high = evaluate.table_rows("mmsi", {"MSR": [0.0, 1.0] * 200})["Avg"]
-    half = 100 * 1.96 * math.sqrt(0.25 / 400)
-    assert (n, score, low, high) == pytest.approx((400, 50, 50 - half, 50 + half), abs=0.8)
+def test_averages_and_intervals():
+    """What is averaged over what; and the bootstrap's interval is as wide as theory says."""
+    spar = {"depth_prediction_oc_mv": [1.0] * 9, "depth_prediction_oo_mv": [0.0]}
+    tasks = {"depth_prediction_oc_mv": 100, "depth_prediction_oo_mv": 0}
+    for bench, scores, convention, expected in (
+            ("spar-mv", spar, "hatch", {"Low": 90, **tasks, "Avg": 90}),
+            ("spar-mv", spar, "spar", {"Low": 50, **tasks, "Avg": 50}),
+            ("cvbench", {"ADE20K": [1.0] * 9, "COCO": [0.0], "Omni3D": [0.0]}, "hatch",
+             {"2D": 50, "ADE20K": 100, "COCO": 0, "3D": 0, "Omni3D": 0, "Avg": 25}),
+            ("mindcube", {"around": [1.0], "translation": [0.0] * 9}, "hatch",
+             {"Around": 100, "Translation": 0, "Avg": 100})):  # translation does not count
+        rows = evaluate.table_rows(bench, scores, convention, draws=1)
+        assert {label: row[2] for label, row in rows.items()} == pytest.approx(expected)
+    rows, half = evaluate.table_rows("mmsi", {"MSR": [0.0, 1.0] * 200}), 98 * math.sqrt(1 / 400)
+    assert rows["Avg"] == pytest.approx((0, 400, 50, 50 - half, 50 + half), abs=0.8)
     assert evaluate.table_rows("mmsi", {"MSR": [1.0] * 10})["Avg"][2:] == (100, 100, 100)
 
 
-LETTER = "Answer with the option's letter from the given choices directly."
-
-
-@pytest.mark.parametrize("bench, task, asked", [
-    ("spar-si", "depth_prediction_oc",
-     "\nHow {far}?\nPlease answer the question using a single word or phrase."),
-    ("spar-mv", "spatial_imagination_oo_mv", f"\nHow {{far}}?\n\n{LETTER}"),
-    ("spar-mv", "position_matching",
-     "\nHow {far}?\nThe values represent the bounding box coordinates normalized to a 0-1000 scale,"
-     f" with the top-left corner as the origin of the image.\n{LETTER}"),
-    ("spar-mv", "view_change_infer", "\nHow {far}?\n\n"),
-    ("mmsi", "MSR", f"How {{far}}?\n{LETTER} Enclose the option's letter within ``."),
-    ("cvbench", "COCO", f"How {{far}}?\n{LETTER}"),
-    ("mindcube", "among",
-     "[Task]\nYour task is to analyze the spatial arrangement of objects in the scene by examining "
-     "the provided images, which show the scene from different viewpoints.\n[Answer Instruction]\n"
-     "You only need to provide *ONE* correct answer selecting from the options listed below. For "
-     "example, if you think the correct answer is 'A. Above' from 'A. Above B. Under C. Front D. "
-     "Behind', your response should **only** be '<answer>A. Above</answer>'.\n\n[Question]\n"
-     "How {far}?")])
-def test_prompts_are_the_published_ones(bench, task, asked):
-    item = evaluate.Item("1", task, "How {far}?", "A", None, 2)
-    assert evaluate.prompt_of(item, bench, "direct") == asked
-    for mode, instruction in (("action", rewards.ACTION_INSTRUCTION),
-                              ("language", rewards.LANGUAGE_INSTRUCTION)):
-        assert evaluate.prompt_of(item, bench, mode) == f"How {{far}}?\n{instruction}"
-        assert evaluate.prompt_of(item._replace(views=1), bench, mode) == asked
+def test_prompts_are_the_published_ones():
+    """To the letter: length and checksum of the published text with this question in it."""
+    for bench, task, *published in (
+            ("spar-si", "depth_prediction_oc", 69, 0x6dbad909), ("mmsi", "MSR", 114, 0xf608e0a7),
+            ("spar-mv", "spatial_imagination_oo_mv", 77, 0xb1deb755),
+            ("spar-mv", "position_matching", 209, 0xe2c03d34),
+            ("spar-mv", "view_change_infer", 13, 0xa3b2df27),
+            ("cvbench", "COCO", 75, 0x671ca281), ("mindcube", "among", 457, 0xf4df6996)):
+        item = evaluate.Item("1", task, "How {far}?", "A", None, 2)
+        direct = evaluate.prompt_of(item, bench, "direct")
+        assert [len(direct), zlib.crc32(direct.encode())] == published, direct
+        for mode, instruction in (("action", rewards.ACTION_INSTRUCTION),
+                                  ("language", rewards.LANGUAGE_INSTRUCTION)):
+            assert evaluate.prompt_of(item, bench, mode) == f"How {{far}}?\n{instruction}"
+            assert evaluate.prompt_of(item._replace(views=1), bench, mode) == direct
 
 
 # ------------------------------------------------------------------------- files, disk to table
@@ -246,11 +212,10 @@ def write_mindcube(folder):
         image = folder / "data" / name
         image.parent.mkdir(parents=True, exist_ok=True)
         image.write_bytes(jpeg("blue"))
-    path = write_lines(folder / "data" / "raw" / "MindCube_tinybench.jsonl", [
+    return write_lines(folder / "data" / "raw" / "MindCube_tinybench.jsonl", [
         *rows, {"id": "among_x", "question": "No gold", "images": rows[0]["images"]},
-        rows[0] | {"id": "among_y", "question": "Half an emoji \ud83d"}])
-    path.write_text("\ufeff" + path.read_text() + "[" * 100_000 + "\n{no json\n", "utf-8")
-    return path
+        rows[0] | {"id": "among_y", "question": "Half an emoji \ud83d"}],
+        "[" * 100_000 + "\n{no json\n", "utf-8-sig")
 
 
 def write_mmsi(folder):
@@ -271,37 +236,34 @@ def write_cvbench(folder):
     return path
 
 
-FORMATS = {  # what writes it; the golds of those asked; what is said of the others; its table
-    "spar-mv": (write_spar, {0: "1.5", 1: "A", 3: "move_left:1"}, (
+@pytest.mark.parametrize("bench, write, golds, said, labels", [
+    ("spar-mv", write_spar, {0: "1.5", 1: "A", 3: "move_left:1"}, (
         "row 6: unknown task 'no_such_task'", "row 7: it has no answer", "row 8: no answer can mat",
         "4 (obj_spatial_relation_oo_mv): image 1: cannot be read", "9 (position_matching): 9: "),
-        ("Low", "depth_prediction_oc_mv", "Middle", "position_matching", "view_change_infer")),
-    "spar-si": (write_spar, {2: "2.0", 5: "C"}, ("row 6", "row 7", "row 8"), (
-        "Low", "depth_prediction_oc", "High", "spatial_imagination_oc")),
-    "mindcube": (write_mindcube, {"among_q0": "A", "around_q0": "B"}, (
+     ("Low", "depth_prediction_oc_mv", "Middle", "position_matching", "view_change_infer")),
+    ("spar-si", write_spar, {2: "2.0", 5: "C"}, ("row 6", "row 7", "row 8"),
+     ("Low", "depth_prediction_oc", "High", "spatial_imagination_oc")),
+    ("mindcube", write_mindcube, {"among_q0": "A", "around_q0": "B"}, (
         "row 3: it has no gt_answer", "row 5: it has no id", "row 6: it has no id",
         "rotation_q0 (rotation): ", "among_y (among): among_y: images or text"),
-        ("Around", "Among")),
-    "mmsi": (write_mmsi, {0: "A", 1: "B", 2: "C"}, (
-        "row 3: unknown task 'No such type'", "row 4: no answer can match its gold 'E'"), (
-        "Position", "Positional Relationship (Cam.–Obj.)", "Motion", "Motion (Cam.)", "MSR")),
-    "cvbench": (write_cvbench, {0: "B", 1: "B", "0#2": "B"}, ("row 2: unknown task 'Nowhere'",),
-                ("2D", "ADE20K", "COCO", "3D", "Omni3D"))}
-
-
-@pytest.mark.parametrize("bench", FORMATS)
-def test_published_formats_from_disk_to_table(bench, root, tiny_model, tmp_path):
-    """What can be asked is asked, anything else named and left out."""
-    write, golds, said, labels = FORMATS[bench]
+     ("Around", "Among")),
+    ("mmsi", write_mmsi, {0: "A", 1: "B", 2: "C"}, (
+        "row 3: unknown task 'No such type'", "row 4: no answer can match its gold 'E'"),
+     ("Position", "Positional Relationship (Cam.–Obj.)", "Motion", "Motion (Cam.)", "MSR")),
+    ("cvbench", write_cvbench, {0: "B", 1: "B", "0#2": "B"}, ("row 2: unknown task 'Nowhere'",),
+     ("2D", "ADE20K", "COCO", "3D", "Omni3D"))])
+def test_published_formats_from_disk_to_table(bench, write, golds, said, labels, root, tiny_model,
+                                              tmp_path):
+    """What can be asked is asked (its gold), anything else named (said) and left out."""
     write(tmp_path / "bench")
     done = run("evaluate.py", root, tmp_path, "--bench", bench, "--data", "bench", "--model",
                tiny_model, "--out", "out", "--max-new-tokens", 3, "--batch", 2)
     assert done.returncode == 0 and "HATCH (paper)" in done.stdout, done.stdout
     assert not [text for text in said if text not in done.stdout], done.stdout
-    assert len(results(tmp_path / "out")["skipped"]) == len(said)
-    rows, made = table(tmp_path / "out"), predictions(tmp_path / "out")
+    found, made = results(tmp_path / "out"), predictions(tmp_path / "out")
+    rows = found["rows"]
+    assert len(found["skipped"]) == len(said) and rows["Avg"][1] == len(golds)
     assert [label for label in rows if label not in evaluate.FORM] == [*labels, "Avg"]
-    assert rows["Avg"][1] == len(golds)
     assert {id_: line["gold"] for id_, line in made.items() if "response" in line} == {
         str(id_): gold for id_, gold in golds.items()}
     page = (tmp_path / "out" / "report.html").read_text()
@@ -327,12 +289,9 @@ def test_two_copies_of_a_benchmark_are_refused(places, tmp_path, monkeypatch):
         evaluate.load_items("spar-mv", tmp_path, skip=lambda text: None)
     assert all(str(path) in str(refused.value) for path in paths)
     assert evaluate.load_items("spar-mv", paths[1], skip=lambda text: None)
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(geometry.DataError, match="pip install pyarrow"):
         evaluate.load_items("spar-mv", paths[1])
-
-
-# ------------------------------------------------------------------ predictions: made, continued
 
 
 @pytest.fixture(scope="module")
@@ -359,10 +318,10 @@ def test_it_writes_what_the_library_would(answered, rooms, tiny_model):
     end, made = tokenizer.convert_tokens_to_ids(evaluate.END), predictions(answered)
     items = evaluate.load_items("rooms", rooms)
     assert {item.id: item.gold for item in items} == {k: line["gold"] for k, line in made.items()}
-    assert table(answered)["Avg"][1] == len(items)
+    assert results(answered)["rows"]["Avg"][1] == len(items)
     for item in items[::3]:
-        ids, images = evaluate.encode_prompt(
-            tokenizer, processor, item.images(), evaluate.prompt_of(item, "rooms", "action"), "")
+        text = evaluate.prompt_of(item, "rooms", "action")
+        ids, images = evaluate.encode_prompt(tokenizer, processor, item.images(), text, "")
         ids = torch.tensor([ids])
         out = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), **images, do_sample=False,
@@ -373,6 +332,7 @@ def test_it_writes_what_the_library_would(answered, rooms, tiny_model):
 
 
 def test_an_interrupted_evaluation_continues(answered, root, rooms, tiny_model, tmp_path):
+    """With two processes now: they write what one would have written."""
     shutil.copytree(answered, tmp_path / "out")
     shutil.copytree(tiny_model, tmp_path / "moved")  # with other ways to generate as its default
     (tmp_path / "moved" / "generation_config.json").write_text(json.dumps({
@@ -380,11 +340,11 @@ def test_an_interrupted_evaluation_continues(answered, root, rooms, tiny_model, 
     path = tmp_path / "out" / "predictions.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:6]) + lines[6][:-1])  # killed before the end of the seventh
-    done = evaluation(root, tmp_path, rooms, "moved")
+    done = evaluation(root, tmp_path, rooms, "moved", processes=2)
     assert f"{len(lines) - 6} to be asked" in done.stdout, done.stdout
-    assert path.read_text() == "".join(lines)  # rows of a batch do not feel their neighbours
+    assert predictions(tmp_path / "out") == predictions(answered)  # rows do not feel neighbours
     again = evaluation(root, tmp_path, rooms, "moved", "--limit", 3)
-    assert " 0 to be asked" in again.stdout and table(tmp_path / "out")["Avg"][1] == 3
+    assert " 0 to be asked" in again.stdout and results(tmp_path / "out")["rows"]["Avg"][1] == 3
 
 
 def test_predictions_of_another_run_are_not_mixed(answered, root, rooms, tiny_model, tmp_path):
@@ -410,18 +370,12 @@ def test_predictions_of_another_run_are_not_mixed(answered, root, rooms, tiny_mo
     assert len(predictions(tmp_path / "out")) == 3
 
 
-def test_two_processes_write_the_same(answered, root, rooms, tiny_model, tmp_path):
-    done = evaluation(root, tmp_path, rooms, tiny_model, processes=2)
-    assert done.returncode == 0, done.stdout
-    assert predictions(tmp_path / "out") == predictions(answered)
-
-
 def test_a_blind_one_sees_grey_pictures_of_the_same_size(answered, root, rooms, tiny_model,
                                                          tmp_path):
     evaluation(root, tmp_path, rooms, tiny_model, "--blind")
     assert predictions(tmp_path / "out").keys() == predictions(answered).keys()
     assert predictions(tmp_path / "out") != predictions(answered)
-    assert results(tmp_path / "out")["runs"][0]["name"].endswith("blind")
+    assert results(tmp_path / "out")["name"].endswith("blind")
     seen, items = [], evaluate.load_items("rooms", rooms)
     evaluate.ask(items, evaluate.parse_args(["--blind"]), None,
                  lambda images, **_: seen.extend(images), 0)
@@ -429,7 +383,7 @@ def test_a_blind_one_sees_grey_pictures_of_the_same_size(answered, root, rooms, 
     assert all(grey.getextrema() == ((128, 128),) * 3 for grey in seen)
 
 
-# ------------------------------------------------------------------------------ scores alone
+# ------------------------------------------------------------------- scores, the page, curves
 
 
 @pytest.fixture
@@ -445,12 +399,12 @@ def score(root, tmp_path):
                      "pose": [np.eye(4).flatten().tolist(), pose.flatten().tolist()]})
     write_lines(tmp_path / "rooms.jsonl", rows)
 
-    def scored(lines, *more, encoding="utf-8"):
-        path = write_lines(tmp_path / "theirs.jsonl", lines, encoding)
+    def scored(lines, *more, **how):
+        path = write_lines(tmp_path / "theirs.jsonl", lines, **how)
         done = run("evaluate.py", root, tmp_path, "--score", path, "--bench", "rooms", "--data",
                    "rooms.jsonl", *more)
         assert done.returncode == 0 and "\x1b" not in done.stdout, done.stdout
-        return done.stdout, table(tmp_path / "out" / "evaluation")
+        return done.stdout, results(tmp_path / "out" / "evaluation")["rows"]
     return scored
 
 
@@ -480,10 +434,10 @@ def test_predictions_of_another_engine(encoding, head, score):
     """Only id and response are needed, the last line of an id counts, what is missing is wrong;
     odd lines are named or read over; Windows writes UTF-16."""
     said, rows = score([
-        {"id": 0, "response": "right 20", "skipped": 3}, head, {"id": None}, 7, "[" * 100_000,
+        {"id": 0, "response": "right 20", "skipped": 3}, head, {"id": None}, 7,
         {"id": "\ud800\x1b", "response": "x"}, {"id": 1, "response": {"a": 1}, "mode": ["x"]},
         {"id": 3, "response": "left 30"}, {"id": 3, "response": "right 30", "views": "2"}],
-        encoding=encoding)
+        tail="[" * 100_000, encoding=encoding)
     assert rows["camera_turn"][1:3] == [3, pytest.approx(100 / 3)]
     assert "the benchmark has no question '\\ud800" in said and said.count("not JSON with an") > 2
     assert "2 questions without a response count as wrong" in said
@@ -518,54 +472,27 @@ def test_overall_and_runs_side_by_side_on_any_console(root, tmp_path):
         "Overall", f"{sum(row[2] for row in rows[:3]) / 3:.1f}", "29.4", "43.6"]
 
 
-# -------------------------------------------------------------------------- the page, the curves
-
-
-class Page(html.parser.HTMLParser):
-    """What a browser would make of a page: its elements, their attributes, all its text."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.attributes, self.text = [], [], ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.attributes += attributes
-
-    def handle_data(self, data):
-        self.text += data
-
-
-def test_hostile_responses_show_as_text(root, rooms, tmp_path):
-    items = [item for item in evaluate.load_items("rooms", rooms) if item.views > 1]
-    plans = rewards.gold_plans(items[-1].poses)
-    hostile = ["<script>alert(1)</script>", "</pre></article><img src=x onerror=alert(1)>",
-               "\u202e\0\x1b[31mred\ud800", "&lt;b&gt; &amp;", "A" * 3_000_000, "\"'`--><!--",
-               "<answer><svg onload=alert(1)></answer>", '<action>[{"from":0,"to":1,"action":'
-               '[{"move_forward_m":1e299}]}]</action><answer>A</answer>',
-               '<action>[{"from":0,"to":1,"action":' + "[" * 100_000, rewards.write_response(
-                   {pair: [*plan, {"move_forward_m": 1.0}] for pair, plan in plans.items()}, "A")]
-    path = write_lines(tmp_path / "p.jsonl", [
-        {"args": {"bench": "rooms", "model": "<b>m\x1b", "mode": "action", "data": str(rooms)}},
-        *({"id": item.id, "response": text}
-          for item, text in zip(items[:-11:-1], hostile[::-1], strict=True))])
-    done = run("evaluate.py", root, tmp_path, "--score", path, "--show", 99)
-    assert done.returncode == 0 and "\x1b" not in done.stdout, done.stdout
+@pytest.mark.parametrize("texts, seen", [
+    (("<script>alert(1)</script></pre></article><img src=x onerror=alert(1)>", "A" * 3_000_000,
+      "\u202e\0\x1b[31mred\ud800", "&lt;b&gt; &amp; \"'`--><!--"),
+     ("<script>alert(1)</script>", "3,000,000 characters", "&lt;b&gt; &amp;")),
+    (("<answer><svg onload=alert(1)></answer>", '<action>[{"from":0,"to":1,"action":' + "[" * 10**5,
+      '<action>[{"from":0,"to":1,"action":[{"move_forward_m":1e299}]}]</action><answer>A</answer>',
+      rewards.write_response({(0, 1): [{"move_forward_m": 3.0}, {"turn_right_deg": 30}]}, "A")),
+     ("no plan", "off by 1e+299 m", "off by 1 m and 0°"))])
+def test_hostile_responses_show_as_text(texts, seen, score, tmp_path):
+    """Every "<" of the page is one of its own tags."""
+    score([{"args": {"model": "<b>m\x1b", "mode": "action"}},
+           *({"id": k, "response": text} for k, text in enumerate(texts))])
     source = (tmp_path / "out" / "evaluation" / "report.html").read_text(encoding="utf-8")
-    page = Page(source)
-    assert page.tags.count("article") == page.tags.count("pre") == len(
-        evaluate.load_items("rooms", rooms))
-    assert set(page.tags) <= set(
-        "html meta title style h1 div table tr th td p b span article pre figure figcaption svg "
-        "polyline path circle g img".split())
-    for name, value in page.attributes:
-        assert not name.startswith("on")
-        assert name != "src" or value.startswith("data:image/jpeg;base64,")
-    for text in ("<script>alert(1)</script>", "3,000,000 characters", "&lt;b&gt; &amp;",
-                 "off by 1 m and 0°"):
-        assert text in page.text
-    assert not set(source) & set("\0\x1b\u202e") and len(source) < 1_500_000
+    tags = re.findall("<([^<>]*)>", source.removeprefix("<!doctype html>"))
+    text = html.unescape(re.sub("<[^<>]*>", "", source))
+    assert {tag.strip("/").split()[0] for tag in tags} <= set(
+        "html meta title style h1 div table tr th td p b span article pre figure figcaption svg g "
+        "polyline path circle img".split()) and source.count("<") == len(tags) + 1
+    assert tags.count("article") == tags.count("pre") == 4 and not set(source) & set("\0\x1b\u202e")
+    assert not [tag for tag in tags if re.search(r"\son|href|src=(?!.data:image/jpeg;base64,)", tag)]
+    assert not [part for part in seen if part not in text] and len(source) < 200_000
 
 
 def test_a_camera_path_is_seen_from_above():
@@ -604,9 +531,6 @@ def test_curves_of_several_runs(root, tmp_path):
     y_of = np.polyfit(*zip(*ticks), 1)  # the axis is the one that the curve is drawn on
     assert lines[1][50, 1] == pytest.approx(np.polyval(y_of, 0.3 + 51 / 1000), abs=1.5)
     assert (np.diff(lines[1][:, 0]) > 0).all() and (np.diff(lines[1][:, 1]) <= 0).all()
-
-
-# ------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize("given, said", [
