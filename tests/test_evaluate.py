@@ -63,7 +63,7 @@ def test_recorded_official_scores(shared):
         assert len(lines) > 20 and not [case for case in map(json.loads, lines) if not check(case)]
 
 
-def test_scores_and_letters():
+def test_scores_and_letters_of_good_and_of_hostile_texts():
     for task, *cases in (
             ("obj_spatial_relation_oo", ("D. right", "D", 1), ("(D)", "D", 0), ("", "D", 0)),
             ("position_matching", ("c", "C", 1)),
@@ -91,9 +91,6 @@ def test_scores_and_letters():
                 "<answer>cut off": "cut off", '<action>[{"from":0': "", "": "",
                 "<think>A.</think> C": "C", "<answer>A</answer><answer>B</answer>": "A"})):
         assert {text: read(text) for text in cases} == cases
-
-
-def test_any_text_is_scored():
     hostile = ["", "\0", "`" * 9999, "<answer>" * 999, "9" * 5000, "move_left:" + "9" * 400,
                "move_left:nan", "move_left:inf,move_right:inf", "\ud800", "A" * 10**5, "`` ``",
                "10^" * 999, "<Answer>", "answer is", "(" * 999, ":" * 999, "<action>" * 999]
@@ -104,28 +101,27 @@ def test_any_text_is_scored():
                     assert 0 <= evaluate.score_answer(name, task, text, gold) <= 1
 
 
-PAPER = {name: [int(number) / 10 for number in row] for name, *row in map(str.split, """
-GPT-4.1            382 370 431 399 596 495 472 506 293 338 387 313 317 407 465 501 482 750 869 809
-InternVL-2.5-8B    318 308 482 383 256 370 203 248 310 300 207 232 278 303 329 441 383 740 795 768
-Qwen2.5-VL-3B      134 262 326 249 464 345 353 378 278 192 233 258 256 294 160 325 239 693 722 707
-HATCH              413 474 671 536 656 310 502 502 305 208 233 247 270 436 411 497 452 705 784 745
-""".strip().splitlines())}  # Table 1: Low, Mid., High, Avg. / Aro., Rot., Amo., Avg. / Pos., Att.,
-# Mot., MSR, Avg. / Overall; Table 4: Low, High, Avg. / 2D, 3D, Avg.; in tenths
 COUNTS = dict(zip([task for tasks in evaluate.SPAR_LEVELS.values() for task in tasks], (
     360, 372, 393, 363, 320, 372, 365, 297, 393, 400, 400, 340, 336, 364, 400, 361, 372, 344, 302,
     357))) | {"around": 250, "rotation": 200, "among": 600} | dict(zip(
         evaluate.BENCHES["mmsi"].prompt, (93, 94, 81, 86, 85, 83, 64, 66, 74, 76, 198))
 ) | {"ADE20K": 300, "COCO": 900, "Omni3D": 1200}  # questions of each task, as published
+PAPER = """382 370 431 399 596 495 472 506 293 338 387 313 317 407 465 501 482 750 869 809
+134 262 326 249 464 345 353 378 278 192 233 258 256 294 160 325 239 693 722 707
+413 474 671 536 656 310 502 502 305 208 233 247 270 436 411 497 452 705 784 745"""
 
 
 def test_averages_of_tables_1_and_4():
-    """Each from its own groups; those are printed rounded, so 0.1 is as close as it can be."""
+    """Each from its own groups; those are printed rounded, so 0.1 is as close as it can be.
+    PAPER: GPT-4.1, Qwen2.5-VL-3B, HATCH, each bench's groups and average, in tenths."""
     benches = ("spar-mv", "mindcube", "mmsi", "spar-si", "cvbench")
-    for name, row in PAPER.items():
-        row, averages = iter(row), []
+    rows = [[int(number) / 10 for number in row.split()] for row in PAPER.splitlines()]
+    assert list(zip(*rows[1:])) == [
+        both for rows in evaluate.PAPER.values() for both in rows.values()]
+    for row, averages in zip(map(iter, rows), ([], [], [])):
         for bench, total in zip(benches, (4345, 1050, 1000, 2866, 2400)):
-            if bench == "spar-si":  # Table 1 is done
-                assert np.mean(averages) == pytest.approx(next(row), abs=0.051), name
+            if bench == "spar-si":  # Table 1 is done, but for Overall
+                assert np.mean(averages) == pytest.approx(next(row), abs=0.051)
             its = evaluate.BENCHES[bench]
             groups = ([task for task in tasks if task in its.prompt and task in COUNTS]
                       for tasks in its.groups.values())
@@ -133,10 +129,7 @@ def test_averages_of_tables_1_and_4():
                       for tasks, score in zip(filter(None, groups), row) for task in tasks}
             averages.append(next(row))
             _, n, average, *_ = evaluate.table_rows(bench, scores, draws=1)["Avg"]
-            assert (n, average) == (total, pytest.approx(averages[-1], abs=0.11)), (name, bench)
-    for k, name in enumerate(("Qwen2.5-VL-3B", "HATCH")):  # evaluate.py's own copy
-        assert PAPER[name] == [
-            both[k] for rows in evaluate.PAPER.values() for both in rows.values()]
+            assert (n, average) == (total, pytest.approx(averages[-1], abs=0.11)), bench
 
 
 def test_averages_and_intervals():
@@ -154,7 +147,6 @@ def test_averages_and_intervals():
         assert {label: row[2] for label, row in rows.items()} == pytest.approx(expected)
     rows, half = evaluate.table_rows("mmsi", {"MSR": [0.0, 1.0] * 200}), 98 * math.sqrt(1 / 400)
     assert rows["Avg"] == pytest.approx((0, 400, 50, 50 - half, 50 + half), abs=0.8)
-    assert evaluate.table_rows("mmsi", {"MSR": [1.0] * 10})["Avg"][2:] == (100, 100, 100)
 
 
 def test_prompts_are_the_published_ones():
@@ -172,9 +164,6 @@ def test_prompts_are_the_published_ones():
                                   ("language", rewards.LANGUAGE_INSTRUCTION)):
             assert evaluate.prompt_of(item, bench, mode) == f"How {{far}}?\n{instruction}"
             assert evaluate.prompt_of(item._replace(views=1), bench, mode) == direct
-
-
-# ------------------------------------------------------------------------- files, disk to table
 
 
 def write_parquet(path, rows):
@@ -266,17 +255,6 @@ def test_published_formats_from_disk_to_table(bench, write, golds, said, labels,
     assert page.count("<article>") == len(golds) <= page.count("data:image/jpeg")
 
 
-def test_pictures_come_in_their_order_and_as_they_look(tmp_path):
-    Image.fromarray(np.full((8, 8), 30_000, np.uint16)).save(tmp_path / "a.png")
-    Image.new("RGB", (16, 8)).save(tmp_path / "b.png")
-    row = {"id": 7, "question_type": "MSR", "question": "?", "answer": "A",
-           "images": ["a.png", "b.png"]}
-    items = evaluate.load_items("mmsi", write_lines(tmp_path / "b.jsonl", [row, row]))
-    assert [item.id for item in items] == ["7", "7#2"]  # told apart
-    grey, other = items[0].images()
-    assert abs(np.asarray(grey).astype(int) - 117).max() <= 1 and other.size == (16, 8)
-
-
 @pytest.mark.parametrize("places", [
     ("snapshots/1", "snapshots/2"), ("SPAR-Bench", "SPAR-Bench-Tiny"), ("a", "a")])
 def test_two_copies_of_a_benchmark_are_refused(places, tmp_path, monkeypatch):
@@ -339,9 +317,8 @@ def test_an_interrupted_evaluation_continues(answered, root, rooms, tiny_model, 
     done = evaluation(root, tmp_path, rooms, "moved", processes=2)
     assert f"{len(lines) - 6} to be asked" in done.stdout, done.stdout
     assert predictions(tmp_path / "out") == predictions(answered)  # rows do not feel neighbours
-    again = evaluation(root, tmp_path, rooms, "moved", "--limit", 3)
-    assert " 0 to be asked" in again.stdout
-    assert results(tmp_path / "out")["rows"]["Avg"][1] == 3
+    done = evaluation(root, tmp_path, rooms, "moved", "--limit", 3)
+    assert " 0 to be asked" in done.stdout and results(tmp_path / "out")["rows"]["Avg"][1] == 3
 
 
 def test_predictions_of_another_run_are_not_mixed(answered, root, rooms, tiny_model, tmp_path):
@@ -366,15 +343,17 @@ def test_predictions_of_another_run_are_not_mixed(answered, root, rooms, tiny_mo
     assert len(predictions(tmp_path / "out")) == 3
 
 
-def test_a_blind_one_sees_grey_pictures_of_the_same_size(rooms):
-    seen, items = [], evaluate.load_items("rooms", rooms)
+def test_pictures_in_their_order_and_blind_ones_grey(tmp_path):
+    items, seen = evaluate.load_items("spar-mv", write_spar(tmp_path), lambda text: None), []
     evaluate.ask(items, evaluate.parse_args(["--blind"]), None,
                  lambda images, **_: seen.extend(images), 0)
-    assert [grey.size for grey in seen] == [picture.size for picture in items[0].images()]
+    for pictures in (items[0].images(), seen):
+        assert [picture.size for picture in pictures] == [(64, 48), (72, 48), (80, 48)]
     assert {grey.getextrema() for grey in seen} == {((128, 128),) * 3}
 
 
-# ------------------------------------------------------------------- scores, the page, curves
+def response(id_, text):
+    return {"id": id_, "response": text}
 
 
 @pytest.fixture
@@ -404,8 +383,7 @@ def test_turns_and_walks_apart_beside_the_best_constant_plan(score, tmp_path):
     texts = [rewards.write_response(rewards.gold_plans(item.poses), said) for item, said in zip(
         items, ("right 20", "left 20", "right 60", "right 30"))]
     texts[2] = texts[0]  # 20 where 60 is right
-    _, rows = score([{"id": k, "response": text} for k, text in enumerate(texts)], "--mode",
-                    "action")
+    _, rows = score(map(response, range(4), texts), "--mode", "action")
     off, walk = math.exp(-40 / 30), math.exp(-2 - 10 / 30)  # of 20 where 60 is right; where it walks
     for label, n, expected in (
             ("camera_turn", 4, 0.5), ("Avg", 4, 0.5), ("R_fmt", 4, 1), ("R_act", 4, (3 + off) / 4),
@@ -413,8 +391,8 @@ def test_turns_and_walks_apart_beside_the_best_constant_plan(score, tmp_path):
             ("constant plan", 4, (2 + off + walk) / 4), ("constant plan, turns", 3, (2 + off) / 3),
             ("constant plan, walks", 1, 1)):
         assert rows[label][1:3] == [n, pytest.approx(100 * expected, abs=1e-3)], label
-    _, rows = score([{"id": k, "response": f"<think>So.</think><answer>{item.gold}</answer>"}
-                     for k, item in enumerate(items)], "--mode", "language")  # its form is another
+    texts = (f"<think>So.</think><answer>{item.gold}</answer>" for item in items)
+    _, rows = score(map(response, range(4), texts), "--mode", "language")  # its form is another
     assert rows["R_fmt"][2] == rows["Avg"][2] == 100 and "R_act" not in rows
 
 
@@ -426,15 +404,15 @@ def test_predictions_of_another_engine(encoding, head, score):
     odd lines are named or read over; Windows writes UTF-16."""
     said, rows = score([
         {"id": 0, "response": "right 20", "skipped": 3}, head, {"id": None}, 7,
-        {"id": "\ud800\x1b", "response": "x"}, {"id": 1, "response": {"a": 1}, "mode": ["x"]},
-        {"id": 3, "response": "left 30"}, {"id": 3, "response": "right 30", "views": "2"}],
+        response("\ud800\x1b", "x"), {"id": 1, "response": {"a": 1}, "mode": ["x"]},
+        response(3, "left 30"), {"id": 3, "response": "right 30", "views": "2"}],
         tail="[" * 100_000, encoding=encoding)
     assert rows["camera_turn"][1:3] == [3, pytest.approx(100 / 3)]
     assert "the benchmark has no question '\\ud800" in said and said.count("not JSON with an") > 2
     assert "2 questions without a response count as wrong" in said
 
 
-def test_overall_and_runs_side_by_side_on_any_console(root, tmp_path):
+def test_tables_and_overall_on_any_console(root, tmp_path):
     """Tasks stand under their own level; Overall is the mean of three; files come first, and what
     the console lacks is replaced."""
     for bench, write, right in (("spar-mv", write_spar, 3), ("mindcube", write_mindcube, 1),
@@ -443,25 +421,19 @@ def test_overall_and_runs_side_by_side_on_any_console(root, tmp_path):
         head = {"args": {"bench": bench, "data": str(data), "model": "m"}}
         items = evaluate.load_items(bench, data, skip=lambda text: None)
         write_lines(tmp_path / f"{bench}.jsonl", [head, *(
-            {"id": item.id, "response": item.gold if k < right else "?"}
-            for k, item in enumerate(items))])
-    more = write_lines(tmp_path / "b.jsonl", [{"id": k, "response": "A"} for k in range(10)])
+            response(item.id, item.gold if k < right else "?") for k, item in enumerate(items))])
     done = run("evaluate.py", root, tmp_path, "--convention", "spar", "--score", "spar-mv.jsonl",
                "mindcube.jsonl", "mmsi.jsonl", env={"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and "(Cam.?Obj.)" in done.stdout, done.stdout
-    words = [(line.split() or [""])[0] for line in done.stdout.splitlines()]
-    first = words.index("SPAR-Bench-MV")
-    assert words[first + 1:first + 9] == [
-        "Low", "depth_prediction_oc_mv", "Middle", "position_matching", "view_change_infer", "High",
-        "obj_spatial_relation_oo_mv", "Avg"]
-    rows = [its["rows"]["Avg"] for its in results(tmp_path / "out" / "evaluation")["runs"]]
-    assert [row[1] for row in rows] == [5, 4, 3]
-    assert done.stdout.splitlines()[words.index("Overall")].split() == [
-        "Overall", f"{sum(row[2] for row in rows) / 3:.1f}", "29.4", "43.6"]
-    run("evaluate.py", root, tmp_path, "--score", "spar-mv.jsonl", more, "--limit", 2, "--bench",
-        "spar-mv", "--data", tmp_path / "data" / "test-0.parquet")
-    assert [its["rows"]["Avg"][1] for its in results(
-        tmp_path / "out" / "evaluation")["runs"]] == [2, 2]
+    lines = list(filter(None, map(str.split, done.stdout.splitlines())))
+    words = [word for word, *_ in lines]
+    assert words[words.index("SPAR-Bench-MV"):][:9] == [
+        "SPAR-Bench-MV", "Low", "depth_prediction_oc_mv", "Middle", "position_matching",
+        "view_change_infer", "High", "obj_spatial_relation_oo_mv", "Avg"]
+    averages = [run["rows"]["Avg"] for run in results(tmp_path / "out" / "evaluation")["runs"]]
+    assert [average[1] for average in averages] == [5, 4, 3]
+    assert lines[words.index("Overall")] == [
+        "Overall", f"{sum(average[2] for average in averages) / 3:.1f}", "29.4", "43.6"]
 
 
 @pytest.mark.parametrize("texts, seen", [
@@ -474,8 +446,7 @@ def test_overall_and_runs_side_by_side_on_any_console(root, tmp_path):
      ("no plan", "off by 1e+299 m", "off by 1 m and 0°"))])
 def test_hostile_responses_show_as_text(texts, seen, score, tmp_path):
     """Every "<" of the page is one of its own tags."""
-    score([{"args": {"model": "<b>m\x1b", "mode": "action"}},
-           *({"id": k, "response": text} for k, text in enumerate(texts))])
+    score([{"args": {"model": "<b>m\x1b", "mode": "action"}}, *map(response, range(4), texts)])
     source = (tmp_path / "out" / "evaluation" / "report.html").read_text(encoding="utf-8")
     tags = re.findall("<([^<>]*)>", source.removeprefix("<!doctype html>"))
     text = html.unescape(re.sub("<[^<>]*>", "", source))
@@ -492,12 +463,13 @@ def test_a_camera_path_is_seen_from_above():
     plan = [{"turn_right_deg": 90}, {"move_forward_m": 2}, {"turn_left_deg": 45}]
     svg = evaluate.from_above((0, 1), plan, [{"move_forward_m": 1}])
     ways = re.findall(r'stroke="(#.{6})"[^>]*><polyline points="([^"]*)"/>.*?rotate\((\S+)\)', svg)
-    ((gold, right, turned), (written, ahead, straight)) = ways
-    assert (gold, written, turned, straight) == (evaluate.GOLD, evaluate.WRITTEN, "45", "0")
-    x, y = np.array([point.split(",") for point in right.split()], float).T
+    (x, y), (x_written, y_written) = (np.array([point.split(",") for point in way.split()], float).T
+                                      for _, way, _ in ways)
+    assert [(colour, gaze) for colour, _, gaze in ways] == [
+        (evaluate.GOLD, "45"), (evaluate.WRITTEN, "0")]
     assert x[0] == 0 < x[-1] < 1 and not y.any()
-    x, y = np.array([point.split(",") for point in ahead.split()], float).T
-    assert not x.any() and y[0] == 0 > y[-1] > -1 and f"off by {5**0.5:.2g} m and 45°" in svg
+    assert y_written[0] == 0 > y_written[-1] > -1 and not x_written.any()
+    assert f"off by {5**0.5:.2g} m and 45°" in svg
     assert "no plan" in evaluate.from_above((0, 1), plan, None)
 
 
