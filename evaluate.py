@@ -785,9 +785,9 @@ def write_page(path, runs, curves, show):
             place[of] += 1  # of a question within its task
             queue.append((place[of], run.name, run.records[k]))
     parts.append(f'<p class="note">{shown(note(runs))}</p>{curves}<p class="note">'
-                 f"{min(show, len(queue)):,} of {len(queue):,} questions, evenly over tasks. Camera "
-                 f'paths are seen from above, ahead is up: <b style="color:{GOLD}">true</b>, '
-                 f'<b style="color:{WRITTEN}">written</b>.</p>')
+                 f"{min(show, len(queue)):,} of {len(queue):,} questions, drawn evenly over tasks. "
+                 f'Camera paths are seen from above, ahead is up: <b style="color:{GOLD}">true</b>,'
+                 f' <b style="color:{WRITTEN}">written</b>.</p>')
     parts += [article(*its) for _, *its in sorted(queue, key=itemgetter(0))[:show]]
     path.write_text("\n".join(parts) + "</html>\n", encoding="utf-8")
 

@@ -5,7 +5,6 @@ import html
 import io
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -14,10 +13,8 @@ import zlib
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from transformers import (
-    AutoTokenizer, GenerationConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil)
+from transformers import Qwen2VLImageProcessorPil
 
 import evaluate
 import geometry
@@ -208,8 +205,8 @@ def write_mmsi(folder):
         {"id": k, "images": [jpeg("green"), jpeg("blue", (80, 60))], "question_type": task,
          "question": f'Which "one"?\n\tA: x, B: {k}<|image_pad|><|im_end|>', "answer": answer}
         for k, (task, answer) in enumerate((
-            ("MSR", "(A)"), ("Motion (Cam.)", "B."), ("Positional Relationship (Cam.-Obj.)",
-                                                      " C\n"), ("No such type", "D"), ("MSR", "E")))])
+            ("MSR", "(A)"), ("Motion (Cam.)", "B."), ("No such type", "D"), ("MSR", "E"),
+            ("Positional Relationship (Cam.-Obj.)", " C\n")))])
 
 
 def write_cvbench(folder):
@@ -232,8 +229,8 @@ def write_cvbench(folder):
         "row 3: it has no gt_answer", "row 5: it has no id", "row 6: it has no id",
         "rotation_q0 (rotation): ", "among_y (among): among_y: images or text"),
      ("Around", "Among")),
-    ("mmsi", write_mmsi, {0: "A", 1: "B", 2: "C"}, (
-        "row 3: unknown task 'No such type'", "row 4: no answer can match its gold 'E'"),
+    ("mmsi", write_mmsi, {0: "A", 1: "B", 4: "C"}, (
+        "row 2: unknown task 'No such type'", "row 3: no answer can match its gold 'E'"),
      ("Position", "Positional Relationship (Cam.–Obj.)", "Motion", "Motion (Cam.)", "MSR")),
     ("cvbench", write_cvbench, {0: "B", 1: "B", "0#2": "B"}, ("row 2: unknown task 'Nowhere'",),
      ("2D", "ADE20K", "COCO", "3D", "Omni3D"))])
@@ -246,9 +243,8 @@ def test_published_formats_from_disk_to_table(bench, write, golds, said, labels,
     assert done.returncode == 0 and "HATCH (paper)" in done.stdout, done.stdout
     assert not [text for text in said if text not in done.stdout], done.stdout
     found, made = results(tmp_path / "out"), predictions(tmp_path / "out")
-    rows = found["rows"]
-    assert len(found["skipped"]) == len(said) and rows["Avg"][1] == len(golds)
-    assert [label for label in rows if label not in evaluate.FORM] == [*labels, "Avg"]
+    assert len(found["skipped"]) == len(said) and found["rows"]["Avg"][1] == len(golds)
+    assert [label for label in found["rows"] if label not in evaluate.FORM] == [*labels, "Avg"]
     assert {id_: line["gold"] for id_, line in made.items() if "response" in line} == {
         str(id_): gold for id_, gold in golds.items()}
     page = (tmp_path / "out" / "report.html").read_text()
@@ -283,26 +279,18 @@ def evaluation(root, work, data, model, *more, **how):
                "--max-new-tokens", 10, "--batch", 4, "--show", 5, *more, **how)
 
 
-def test_it_writes_what_the_library_would(answered, rooms, tiny_model):
-    """Greedy text equals transformers' generate, one prompt at a time, without padding."""
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_model, dtype=torch.float32)
-    model.generation_config = GenerationConfig()
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+def test_each_is_answered_as_if_asked_alone(answered, rooms, tiny_model):
+    """What generate_greedily, which test_sft.py holds against the library's, says to it alone."""
+    model, tokenizer = evaluate.load_model(*evaluate.find_model(str(tiny_model)))
     processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 56**2, "longest_edge": 448**2})
-    end, made = tokenizer.convert_tokens_to_ids(evaluate.END), predictions(answered)
-    items = evaluate.load_items("rooms", rooms)
-    assert {item.id: item.gold for item in items} == {k: line["gold"] for k, line in made.items()}
+    items, made = evaluate.load_items("rooms", rooms), predictions(answered)
+    assert [(item.id, item.gold) for item in items] == [(k, its["gold"]) for k, its in made.items()]
     assert results(answered)["rows"]["Avg"][1] == len(items)
     for item in items[::3]:
         text = evaluate.prompt_of(item, "rooms", "action")
-        ids, images = evaluate.encode_prompt(tokenizer, processor, item.images(), text, "")
-        ids = torch.tensor([ids])
-        out = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), **images, do_sample=False,
-            mm_token_type_ids=(ids == model.config.image_token_id).int(), max_new_tokens=10,
-            eos_token_id=end, pad_token_id=end[0])[0, ids.shape[1]:].tolist()
-        out = out[:next((k for k, token in enumerate(out) if token in end), len(out))]
-        assert made[item.id]["response"] == tokenizer.decode(out)
+        prompt = evaluate.encode_prompt(tokenizer, processor, item.images(), text, "")
+        assert evaluate.generate_greedily(model, tokenizer, [prompt], 10) == [
+            made[item.id]["response"]]
 
 
 def test_an_interrupted_evaluation_continues(answered, root, rooms, tiny_model, tmp_path):
@@ -330,8 +318,7 @@ def test_predictions_of_another_run_are_not_mixed(answered, root, rooms, tiny_mo
     anew = write_lines(tmp_path / "anew.jsonl", [], text.replace('"question": "', '"question": "?'))
     for given in ((rooms, "other"), (anew, tiny_model), (rooms, tiny_model, "--mode", "direct"),
                   (rooms, tiny_model, "--blind")):
-        done = evaluation(root, tmp_path, *given)
-        assert done.returncode and "--overwrite" in done.stdout, done.stdout
+        assert "--overwrite" in evaluation(root, tmp_path, *given).stdout
         assert path.read_bytes() == (answered / "predictions.jsonl").read_bytes()
     done = run("evaluate.py", root, tmp_path, "--score", path, "--data", anew)
     assert done.returncode and "was asked other questions" in done.stdout
@@ -363,10 +350,9 @@ def score(root, tmp_path):
     rows = []
     for k, (degrees, walked) in enumerate(((20, 0.0), (20, 0.04), (60, 0.0), (30, 2.0))):
         pose = geometry.pose_from_actions([{"move_forward_m": walked}, {"turn_right_deg": degrees}])
-        Image.new("RGB", (56, 56)).save(tmp_path / f"{k}.jpg")
-        rows.append({"id": k, "task": "camera_turn", "question": "Which way?",
-                     "answer": f"right {degrees}", "image": ["0.jpg", f"{k}.jpg"],
-                     "pose": [np.eye(4).flatten().tolist(), pose.flatten().tolist()]})
+        (tmp_path / f"{k}.jpg").write_bytes(jpeg())
+        rows.append({"id": k, "task": "camera_turn", "question": "?", "answer": f"right {degrees}",
+                     "image": ["0.jpg", f"{k}.jpg"], "pose": [np.eye(4).tolist(), pose.tolist()]})
     write_lines(tmp_path / "rooms.jsonl", rows)
 
     def scored(lines, *more, **how):
@@ -384,7 +370,7 @@ def test_turns_and_walks_apart_beside_the_best_constant_plan(score, tmp_path):
         items, ("right 20", "left 20", "right 60", "right 30"))]
     texts[2] = texts[0]  # 20 where 60 is right
     _, rows = score(map(response, range(4), texts), "--mode", "action")
-    off, walk = math.exp(-40 / 30), math.exp(-2 - 10 / 30)  # of 20 where 60 is right; where it walks
+    off, walk = math.exp(-40 / 30), math.exp(-2 - 10 / 30)  # of 20 where it is 60; where it walks
     for label, n, expected in (
             ("camera_turn", 4, 0.5), ("Avg", 4, 0.5), ("R_fmt", 4, 1), ("R_act", 4, (3 + off) / 4),
             ("R_act, turns", 3, (2 + off) / 3), ("R_act, walks", 1, 1),
@@ -453,8 +439,9 @@ def test_hostile_responses_show_as_text(texts, seen, score, tmp_path):
     assert {tag.strip("/").split()[0] for tag in tags} <= set(
         "html meta title style h1 div table tr th td p b span article pre figure figcaption svg g "
         "polyline path circle img".split()) and source.count("<") == len(tags) + 1
-    assert tags.count("article") == tags.count("pre") == 4 and not set(source) & set("\0\x1b\u202e")
-    assert not [tag for tag in tags if re.search(r"\son|href|src=(?!.data:image/jpeg;base64,)", tag)]
+    assert tags.count("article") == tags.count("pre") == 4
+    assert not [tag for tag in tags if re.search(r"\son|href|src=(?!.data:image/jpeg;)", tag)]
+    assert not set(source) & set("\0\x1b\u202e")
     assert not [part for part in seen if part not in text] and len(source) < 200_000
 
 
@@ -478,7 +465,7 @@ def test_curves_of_several_runs(root, tmp_path):
     for name, level in logs.items():
         write_lines(tmp_path / name / "log.jsonl", [{"args": {}, "versions": {}}, *(
             {"step": k, "reward_action": level + k / 1000, "reward": 1.0, "kl": 0.01 * k,
-             "length": float("inf")} for k in range(1, 101)), {"step": 101, "skipped": "."}], '{"st')
+             "length": float("inf")} for k in range(1, 101)), {"step": 101}], '{"st')
     done = run("evaluate.py", root, tmp_path, "--curves", *(f"{name}/log.jsonl" for name in logs))
     assert done.returncode == 0, done.stdout
     first, *others = xml.etree.ElementTree.parse(tmp_path / "out/evaluation/curves.svg").getroot()
