@@ -613,11 +613,9 @@ def continue_predictions(path, items, args, source, say):
         other = [name for name in run if then.get(name) != run[name]]
         if not other:
             return [name for name, line in lines.items() if "response" in line]
-        if lines and (other != ["weights"] or said.get("model") != args.model):
+        if lines:
             raise geometry.DataError(f"{path} holds answers of {said.get('model')} with another "
                                      f"{', '.join(other)}: name another --out, or --overwrite")
-        if lines:
-            say(f"{args.model} has been trained again: {path} starts over")
     path.write_text(json.dumps({"args": vars(args), "run": run, "versions": {
         "torch": torch.__version__, "transformers": transformers.__version__}}) + "\n")
     return []
