@@ -438,8 +438,9 @@ def note(runs):
                for run in runs]
     return "".join(f"{name}: {count:,} questions without a response count as wrong. "
                    for name, count in missing if count) + (
-        "Percent, in brackets 95 % bootstrap intervals. The paper's rows are from its tables. "
-        "Constant plan: R_act of the one plan that scores best if written for every pair.")
+        "Percent, in brackets 95 % bootstrap intervals. The paper's columns are from its tables. "
+        "R_fmt: the response has the form that was asked for; R_act: how near its camera moves come "
+        "to the true ones; constant plan: R_act of the plan that is best if written for every pair.")
 
 
 # ------------------------------------------------------------------------------------- its data
@@ -601,8 +602,8 @@ def ask(items, args, tokenizer, processor, k):
 
 
 def continue_predictions(path, items, args, source, say):
-    """Ids of the answers at `path`. It starts over with --overwrite, or when the model has been
-    trained again; DataError if it is of another model, other questions or arguments."""
+    """Ids of the answers at `path`, which is started anew if there are none or with --overwrite.
+    DataError for those of other weights, other questions or arguments."""
     run = {name: getattr(args, name) for name in (
         "bench", "mode", "blind", "max_pixels", "max_new_tokens", "precision")}
     run |= {"questions": checksum(items), "weights": geometry.fingerprint(weight_files(source))}
@@ -760,9 +761,9 @@ th:first-child, td:first-child { text-align: left } .group td { border-top: 1px 
 article { border: 1px solid #d0d7de; border-radius: .5rem; padding: .8rem; margin: 1rem 0 }
 article, pre { overflow-wrap: anywhere } .note, figcaption { color: #57606a; font-size: .85rem }
 .views { display: flex; flex-wrap: wrap; gap: .5rem } figure { margin: 0 } img { width: 12rem }
+figure svg { background: #f6f8fa; width: 12rem }
 pre { white-space: pre-wrap; background: #f6f8fa; max-height: 14rem; overflow-y: auto }
 .score { padding: .05rem .5rem; border-radius: 1rem; color: #fff }
-figure svg { background: #f6f8fa }
 </style><h1>HATCH: evaluation</h1>"""
 GOLD, WRITTEN = "#1a7f37", "#d55e00"
 
@@ -819,7 +820,7 @@ def article(name, record):
     return (f'<article>{badges} <b>{shown(item.task)}</b> '
             f'<span class="note">{shown(f"{item.id}, {name}")}</span>'
             f'<div class="views">{"".join(figures)}</div><p>{shown(item.question)}</p>'
-            f'<p>gold <b>{shown(item.gold)}</b>, read <b>{shown(record["answer"], 200)}</b></p>'
+            f'<p>true <b>{shown(item.gold)}</b>, written <b>{shown(record["answer"], 200)}</b></p>'
             f"<pre>{shown(response)}</pre></article>")
 
 
@@ -843,7 +844,7 @@ def from_above(pair, gold, written):
             f'<g fill="none" stroke="{colour}" stroke-width=".04"><polyline points="{line}"/>'
             f'<path d="M0 0V-.45M-.09 -.32L0 -.45L.09 -.32" '
             f'transform="translate({xy[-1][0]:.3f} {xy[-1][1]:.3f}) rotate({gaze:.0f})"/></g>')
-    return (f'<figure><svg width="150" height="150" viewBox="-1 -1 2 2">{shapes}</svg>'
+    return (f'<figure><svg viewBox="-1 -1 2 2">{shapes}</svg>'
             f"<figcaption>view {pair[0]} to {pair[1]}, {said}</figcaption></figure>")
 
 
