@@ -439,8 +439,8 @@ def note(runs):
     return "".join(f"{name}: {count:,} questions without a response count as wrong. "
                    for name, count in missing if count) + (
         "Percent, in brackets 95 % bootstrap intervals. The paper's columns are from its tables. "
-        "R_fmt: the response has the form that was asked for; R_act: how near its camera moves come "
-        "to the true ones; constant plan: R_act of the plan that is best if written for every pair.")
+        "R_fmt: the response has the form asked for; R_act: how close its camera moves are "
+        "to the true ones; constant plan: R_act of the best plan that is written for every pair.")
 
 
 # ------------------------------------------------------------------------------------- its data
