@@ -29,7 +29,6 @@ SPAR-Bench's own code scores it 1.
 
 import argparse
 import base64
-import csv
 import html
 import io
 import itertools
@@ -61,7 +60,6 @@ from transformers import (
 import geometry
 import rewards
 
-DEMO = Path("out/demo")
 END = ["<|im_end|>", "<|endoftext|>"]  # of a turn; of a text, which a base model may write instead
 MADE_BY = {"out/pasta": "python pasta.py --grid 4",  # the stages, and what runs them
            "out/sft": "python actor_sft.py --target answer",
@@ -76,8 +74,8 @@ def parse_args(argv=None):
     p.add_argument("--model", help="directory or hub id; default: out/grpo. With --score: its name")
     p.add_argument("--data", help="the benchmark's file or folder; default: the demo's rooms")
     p.add_argument("--mode", choices=("action", "language", "direct"),
-                   help="asked about several images: camera moves, then the answer; words, then "
-                        "the answer (Table 3); the answer alone, as always about one image")
+                   help="asked for before the answer: camera moves, words (Table 3), nothing; "
+                        "about a single image always nothing")
     p.add_argument("--blind", action="store_true", help="every picture grey: what questions tell")
     p.add_argument("--limit", type=int, help="how many questions, drawn at random; default: all")
     # without a model
@@ -89,11 +87,10 @@ def parse_args(argv=None):
                    help="SPAR-Bench's averages: over questions, as the paper's, or over task means")
     # generation
     p.add_argument("--max-pixels", type=int,
-                   help="budget per image; default: 448 * 448, demo 112 * 112, as in training; "
-                        "mindcube 480 * 480, as published")
+                   help="per image; default: 448 * 448, demo 112 * 112, mindcube 480 * 480")
     p.add_argument("--max-new-tokens", type=int,  # not in the paper
-                   help="longest response; default: 96 + 64 a pair of views, 256 for language, for "
-                        "direct answers what the benchmark's own code allows, else 128")
+                   help="default: 96 + 64 a pair of views, 256 for language, for direct answers "
+                        "as the benchmark's own code")
     p.add_argument("--batch", type=int, default=16, help="questions at a time, over all processes")
     p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
                    help="auto: bf16 on CUDA, fp16 on a GPU without bf16, fp32 on a CPU")
@@ -110,13 +107,12 @@ def parse_args(argv=None):
         if value is not None and value < least:
             p.error(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
     args.answer = not args.score and bool(not args.curves or args.bench or args.data or args.model)
-    args.demo = args.answer and args.data is None and args.bench in ("rooms", None)
     if not args.answer:
         args.out = args.out or "out/evaluation"
         return args
     args.bench, args.model = args.bench or "rooms", args.model or "out/grpo"
-    if args.demo:  # the only place where demo and real run differ
-        args.data, args.max_pixels = str(DEMO / "data"), args.max_pixels or 112 * 112
+    if args.bench == "rooms" and args.data is None:  # all that differs in the demo
+        args.data, args.max_pixels = "out/demo/data", args.max_pixels or 112 * 112
     its, single = BENCHES[args.bench], args.bench in ("spar-si", "cvbench")
     if args.data is None:
         p.error(f"--bench {args.bench} needs --data: {its.data}")
@@ -129,9 +125,6 @@ def parse_args(argv=None):
 
 
 # --------------------------------------------------------------------------------- what is asked
-
-
-FACTS = ("id", "task", "question", "gold")  # of a question, in predictions.jsonl
 
 
 class Item(NamedTuple):
@@ -309,7 +302,7 @@ BENCHES = {
         dict.fromkeys(MINDCUBE_SETTINGS, MINDCUBE_PROMPT), mindcube_letter, 4096, 480 * 480),
     "mmsi": Bench(
         "MMSI-Bench", "a copy of huggingface.co/datasets/RunsenXu/MMSI-Bench",
-        ("MMSI_Bench.parquet", "MMSI_bench.tsv", "*.parquet", "*.jsonl"),
+        ("MMSI_Bench.parquet", "*.parquet", "*.jsonl"),
         ("id", "question_type", "question", "answer"), MMSI_GROUPS,
         dict.fromkeys(itertools.chain(*MMSI_GROUPS.values()), MMSI_PROMPT), mmsi_letter),
     "spar-si": Bench("SPAR-Bench-SI", *SPAR, SPAR_LEVELS, {
@@ -373,12 +366,11 @@ def table_rows(bench, scores, convention="hatch", draws=1000):
     lines += [(kind, int("," in kind), {kind: 1}) for kind in FORM if kind in counts]
 
     rng, rows = np.random.default_rng(0), {}
-    drawn = {task: np.array(scores[task])[rng.integers(0, n, (draws, n))].mean(1)
-             for task, n in sorted(counts.items())}  # each task's questions drawn again: (draws,)
-    for label, depth, weights in lines:
-        score, again = (sum(100 * w * means[task] for task, w in weights.items()) / sum(
-            weights.values()) for means in (
-                {task: np.mean(scores[task]) for task in weights}, drawn))
+    means = {task: np.array([np.mean(scores[task]), *np.array(scores[task])[
+        rng.integers(0, n, (draws, n))].mean(1)]) for task, n in sorted(counts.items())}
+    for label, depth, weights in lines:  # as it is; then its questions drawn again, task by task
+        score, *again = 100 * sum(w * means[task] for task, w in weights.items()) / sum(
+            weights.values())
         low, high = np.percentile(again, (2.5, 97.5)).tolist()
         rows[label] = depth, sum(counts[task] for task in weights), float(score), low, high
     return rows
@@ -397,20 +389,20 @@ def score_run(bench, name, mode, records, convention="hatch"):
             block = "action" if mode == "action" else "think"
             found["R_fmt"] = record["R_fmt"] = rewards.format_reward(text, item.views, block)
         if mode == "action" and item.views > 1 and item.poses is not None:
-            plans = rewards.gold_plans(item.poses)
-            turns = {pair: plan for pair, plan in plans.items() if rewards.only_turns({0: plan})}
-            walks = {pair: plan for pair, plan in plans.items() if pair not in turns}
-            for kind, gold in (("", plans), (", turns", turns), (", walks", walks)):
-                if gold:
-                    found[f"R_act{kind}"] = rewards.action_reward(text, gold)
-                    golds.setdefault(kind, []).append(gold)
+            parts = {"": rewards.gold_plans(item.poses)}
+            for pair, plan in parts[""].items():
+                kind = ", turns" if rewards.only_turns({pair: plan}) else ", walks"
+                parts.setdefault(kind, {})[pair] = plan
+            for kind, plans in parts.items():
+                found[f"R_act{kind}"] = rewards.action_reward(text, plans)
+                golds.setdefault(kind, []).append(plans)
             record["R_act"] = found["R_act"]
         for kind, value in found.items():
             scores.setdefault(kind, []).append(value)
     for kind, those in golds.items():  # what can be had without looking at the pictures
         _, plan = rewards.constant_plan(those)
-        texts = [rewards.write_response(dict.fromkeys(gold, plan), "-") for gold in those]
-        scores[f"constant plan{kind}"] = list(map(rewards.action_reward, texts, those))
+        scores[f"constant plan{kind}"] = [rewards.action_reward(
+            rewards.write_response(dict.fromkeys(gold, plan), "-"), gold) for gold in those]
     return Run(bench, name, records, scores, table_rows(bench, scores, convention))
 
 
@@ -446,8 +438,9 @@ def note(runs):
                for run in runs]
     return "".join(f"{name}: {count:,} questions without a response count as wrong. "
                    for name, count in missing if count) + (
-        "Percent, in brackets 95 % bootstrap intervals. The paper's rows are from its tables. "
-        "Constant plan: R_act of the one plan that scores best if written for every pair.")
+        "Percent, in brackets 95 % bootstrap intervals. The paper's columns are from its tables. "
+        "R_fmt: the response has the form asked for; R_act: how close its camera moves are "
+        "to the true ones; constant plan: R_act of the best plan that is written for every pair.")
 
 
 # ------------------------------------------------------------------------------------- its data
@@ -477,9 +470,8 @@ def load_items(bench, data, skip=print):
                 again = f"#{ids[item.id]}" * (ids[item.id] > 1)
                 items.append(item._replace(id=item.id + again))
     if not items:
-        what = f"no usable question of {its.title}" if files else (
-            f"none of {', '.join(its.files)} in it" if data.is_dir() else "not there")
-        raise geometry.DataError(f"{data}: {what}; --data takes {its.data}")
+        raise geometry.DataError(f"{data}: no usable question of {its.title}; --data takes "
+                                 f"{its.data}")
     return items
 
 
@@ -509,7 +501,7 @@ def read_item(bench, row, folder):
 
 
 def read_rows(path, fields):
-    """The rows {field: value} of a parquet, tsv or jsonl file; {} for a line that is none."""
+    """The rows {field: value} of a parquet or jsonl file; {} for a line that is none."""
     if path.suffix == ".parquet":
         try:
             import pyarrow.parquet
@@ -521,13 +513,6 @@ def read_rows(path, fields):
             raise geometry.DataError(f"{path}: reading it needs `pip install pyarrow`") from None
         except ValueError as error:  # as pyarrow's own are
             raise geometry.DataError(f"{path}: cannot be read as parquet ({error})") from None
-    elif path.suffix == ".tsv":  # MMSI-Bench's: pictures in base64, several in a list
-        csv.field_size_limit(1 << 30)
-        for row in csv.DictReader(io.StringIO(read_text(path)), delimiter="\t"):
-            texts = re.findall(r"[\w+/=]+", row.get("image") or "")
-            yield row | {"image": [{"base64": text} for text in texts]} | {
-                name: row[its] for name, its in (("id", "index"), ("question_type", "category"))
-                if row.get(its)}
     elif path.suffix == ".jsonl":
         for line in filter(str.strip, read_text(path).split("\n")):
             try:
@@ -536,7 +521,7 @@ def read_rows(path, fields):
                 row = None
             yield row if isinstance(row, dict) else {}
     else:
-        raise geometry.DataError(f"{path}: neither .parquet nor .tsv nor .jsonl")
+        raise geometry.DataError(f"{path}: neither .parquet nor .jsonl")
 
 
 def open_images(cells, folder):
@@ -545,10 +530,10 @@ def open_images(cells, folder):
     pictures = []
     for k, cell in enumerate(cells):
         if isinstance(cell, dict):
-            cell = cell.get("bytes") or cell.get("path") or base64.b64decode(cell.get("base64", ""))
+            cell = cell.get("bytes") or cell.get("path")
         if isinstance(cell, str):
             places = folder / cell, folder.parent / cell
-            pictures.append(geometry.open_image(next(filter(os.path.exists, places), places[0])))
+            pictures.append(geometry.open_image(places[not places[0].exists()]))
         else:
             pictures.append(geometry.open_image(io.BytesIO(cell), f"image {k}"))
     return pictures
@@ -573,11 +558,8 @@ def answer(items, args, path, say, rank, world, device, dtype):
     steps = math.ceil(len(todo) / (share * world))
     weights = sum(numbers for numbers, _ in headers.values())
     need = dtype.itemsize * weights + share * (3 * args.max_pixels // 784 + 512) * 2**18 + 3e8
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else (
-        os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     say(f"model   {args.model}: {weights:,} parameters, {dtype} on {device}; mode {args.mode}\n"
-        f"memory  {need / 2**30:.1f} GiB, {free / 2**30:.1f} free"
-        f"{': too little; a smaller --batch or --max-pixels takes less' * (need > free)}")
+        f"memory  {need / 2**30:.1f} GiB; a smaller --batch or --max-pixels takes less")
     model, tokenizer = load_model(source, headers)
     for parameter in model.parameters():  # one by one; the rotary frequencies stay as they are
         parameter.data = parameter.data.to(device, dtype)
@@ -588,38 +570,40 @@ def answer(items, args, path, say, rank, world, device, dtype):
                                    range(rank, steps * share * world, world), args.workers)
     for _ in geometry.progress(range(steps), steps, "answering") if rank == 0 else range(steps):
         asked = [one for one in itertools.islice(prepared, share) if one]
-        lines = [dict(zip(FACTS, item), skipped=why) for item, why in asked if type(why) is str]
-        ready = [(item, prompt) for item, prompt in asked if type(prompt) is not str]
+        ready = [one for one in asked if one[2]]
         if ready:
-            pairs = max(len(rewards.required_pairs(item.views)) for item, _ in ready)
+            pairs = max(len(rewards.required_pairs(item.views)) for item, *_ in ready)
             longest = {"action": 96 + 64 * pairs, "language": 256}.get(args.mode, its.longest)
-            texts = generate_greedily(model, tokenizer, [prompt for _, prompt in ready],
+            texts = generate_greedily(model, tokenizer, [prompt for *_, prompt in ready],
                                       args.max_new_tokens or longest)
-            lines += [dict(zip(FACTS, item), response=text)
-                      for (item, _), text in zip(ready, texts)]
-        lines = gather(lines)
+            for (_, line, _), text in zip(ready, texts):
+                line["response"] = text
+        lines = gather([line for _, line, _ in asked])
         if rank == 0:
             with open(path, "a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def ask(items, args, tokenizer, processor, k):
-    """(item, (ids, images) for the model, or a text: why not) of items[k]; None behind the last."""
+    """items[k], its line for predictions.jsonl, (ids, images) for the model; None behind the last.
+    For what cannot be asked the line says why, and there are no ids."""
     if k >= len(items):
         return None
+    item = items[k]
+    line = {"id": item.id, "task": item.task, "question": item.question, "gold": item.gold}
     try:
-        pictures = items[k].images()
+        pictures = item.images()
         if args.blind:
             pictures = [Image.new("RGB", picture.size, "grey") for picture in pictures]
-        text = prompt_of(items[k], args.bench, args.mode)
-        return items[k], encode_prompt(tokenizer, processor, pictures, text, items[k].id)
+        text = prompt_of(item, args.bench, args.mode)
+        return item, line, encode_prompt(tokenizer, processor, pictures, text, item.id)
     except (OSError, ValueError, TypeError) as error:  # DataError is a ValueError
-        return items[k], str(error)
+        return item, line | {"skipped": str(error)}, None
 
 
 def continue_predictions(path, items, args, source, say):
-    """Ids of the answers at `path`. It starts over with --overwrite, or when the model has been
-    trained again; DataError if it is of another model, other questions or arguments."""
+    """Ids of the answers at `path`, which is started anew if there are none or with --overwrite.
+    DataError for those of other weights, other questions or arguments."""
     run = {name: getattr(args, name) for name in (
         "bench", "mode", "blind", "max_pixels", "max_new_tokens", "precision")}
     run |= {"questions": checksum(items), "weights": geometry.fingerprint(weight_files(source))}
@@ -627,14 +611,12 @@ def continue_predictions(path, items, args, source, say):
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a kill can cut the last line
         said, lines = read_predictions(path, say)
         then = said.get("run", {})
-        if then == run:
+        other = [name for name in run if then.get(name) != run[name]]
+        if not other:
             return [name for name, line in lines.items() if "response" in line]
-        if lines and (said.get("model") != args.model or then.get("weights") == run["weights"]):
-            other = {name: then.get(name) for name in run if then.get(name) != run[name]}
-            raise geometry.DataError(f"{path} holds answers of {said.get('model')}, {other}: start "
-                                     "over with --overwrite, or name another --out")
         if lines:
-            say(f"{args.model} has been trained again: {path} starts over")
+            raise geometry.DataError(f"{path} holds answers of {said.get('model')} with another "
+                                     f"{', '.join(other)}: name another --out, or --overwrite")
     path.write_text(json.dumps({"args": vars(args), "run": run, "versions": {
         "torch": torch.__version__, "transformers": transformers.__version__}}) + "\n")
     return []
@@ -673,9 +655,7 @@ def read_run(path, args, skip, known):
     bench, data = args.bench or said.get("bench"), args.data or said.get("data")
     if bench not in tuple(BENCHES) or not isinstance(data, str):
         raise geometry.DataError(f"{path}: does not say which benchmark's: add --bench and --data")
-    if (bench, data) not in known:
-        known[bench, data] = load_items(bench, data, skip)
-    items = known[bench, data]
+    items = known[bench, data] = known.get((bench, data)) or load_items(bench, data, skip)
     if said.get("run") and said["run"].get("questions") != checksum(items):
         raise geometry.DataError(f"{path}: was asked other questions than {data} holds now: name "
                                  "the right ones with --data")
@@ -683,17 +663,17 @@ def read_run(path, args, skip, known):
         skip(f"{path}: the benchmark has no question {name!r:.60}")
     for item in drawn(items, args.limit or said.get("limit")):
         line = lines.get(item.id, {})
+        text = line.get("response")
         if "skipped" in line:
             skip(f"{item.id} ({item.task}): {line['skipped']}")
         else:
-            text = line.get("response")
             records.append({"item": item, "response": text if isinstance(text, str) else None})
     if not any(record["response"] for record in records):
         raise geometry.DataError(f"{path}: holds no response to a question of {data}")
-    mode = args.mode or said.get("mode") or ""
-    name = (args.model or said.get("model") or Path(path).with_suffix(""), mode,
-            "blind" * (said.get("blind") is True))
-    return bench, ", ".join(str(part) for part in name if part), str(mode), records
+    mode = str(args.mode or said.get("mode") or "")
+    name = str(args.model or said.get("model") or Path(path).with_suffix(""))
+    how = [name, mode, "blind" * (said.get("blind") is True)]
+    return bench, ", ".join(filter(None, how)), mode, records
 
 
 def drawn(items, limit):
@@ -726,44 +706,46 @@ def read_curve(path):
 
 
 def draw_curves(logs):
-    """An SVG with a panel for each quantity in the logs, all runs in one, thin and, thick, their
-    running means; "" if nothing is there."""
+    """An SVG with a panel for each quantity in the logs, all runs in one; "" if there is none."""
     curves, panels = [read_curve(log) for log in logs], []
-    left, right, top, bottom = 60, 620, 36, 300
     for stage, field in ((stage, field) for stage, its in PANELS.items() for field in its):
         lines = [(name, *np.array(fields[field]).T) for name, its, fields in curves
-                 if its == stage and len(fields.get(field, ())) > 1]  # name, steps, values
-        if not lines:
-            continue
-        means = []
-        for _, _, values in lines:  # over a twentieth of the curve, less at its ends
-            window = np.ones(2 * (len(values) // 40) + 1)
-            means.append(np.convolve(values, window, "same")
-                         / np.convolve(np.ones(len(values)), window, "same"))
-        low, high = np.percentile(np.concatenate(means), (0, 100))
-        high = max(high, low + 0.01 * abs(low) + 1e-6)
-        unit = next(m * 10.0**e for e in range(-7, 300) for m in (1, 2, 5)
-                    if high - low <= 5 * m * 10.0**e)
-        ticks = unit * np.arange(math.floor(low / unit), math.ceil(high / unit) + 1)
-        x = min(steps[0] for _, steps, _ in lines), max(steps[-1] for _, steps, _ in lines)
-        place = f"{len(panels) % 2 * 640} {len(panels) // 2 * 360}"
-        parts = f'<g transform="translate({place})"><text x="{left}" y="20">{stage}: {field}</text>'
-        for tick, y in zip(ticks, np.linspace(bottom, top, len(ticks))):
-            parts += (f'<path d="M{left} {y:.0f}H{right}" stroke="#ddd"/><text x="{left - 8}" '
-                      f'y="{y + 5:.0f}" text-anchor="end">{tick:.6g}</text>')
-        legend = f"step {x[0]:g} to {x[1]:g}"
-        for k, ((name, steps, values), mean) in enumerate(zip(lines, means)):
-            colour = COLOURS[k % len(COLOURS)]
-            for its, look in ((values, 'opacity=".3"'), (mean, 'stroke-width="2.5"')):
-                points = " ".join(f"{at:.1f},{y:.1f}" for at, y in zip(
-                    np.interp(steps, x, (left, right)),
-                    np.interp(its, (ticks[0], ticks[-1]), (bottom, top))))
-                parts += f'<polyline points="{points}" fill="none" stroke="{colour}" {look}/>'
-            legend += f' <tspan fill="{colour}" font-weight="bold">{shown(name)}</tspan>'
-        panels.append(f'{parts}<text x="{left}" y="330">{legend}</text></g>')
+                 if its == stage and len(fields.get(field, ())) > 1]
+        if lines:
+            place = f"translate({len(panels) % 2 * 640} {len(panels) // 2 * 360})"
+            panels.append(f'<g transform="{place}">{panel(f"{stage}: {field}", lines)}</g>')
     return "" if not panels else (
         '<svg xmlns="http://www.w3.org/2000/svg" style="background:#fff" font-size="14" font-family'
         f'="sans-serif" viewBox="0 0 1280 {(len(panels) + 1) // 2 * 360}">{"".join(panels)}</svg>')
+
+
+def panel(title, lines):
+    """SVG of curves [(name, steps, values)]: thin as they are, thick their running means."""
+    left, right, top, bottom, means = 60, 620, 36, 300, []
+    for _, _, values in lines:
+        half = len(values) // 40  # a mean runs over a twentieth of its curve
+        window = np.full(2 * half + 1, 1 / (2 * half + 1))
+        means.append(np.convolve(np.pad(values, half, "edge"), window, "valid"))
+    low, high = min(map(np.min, means)), max(map(np.max, means))
+    high = max(high, low + 0.01 * abs(low) + 1e-6)
+    unit = next(m * 10.0**e for e in range(-7, 300) for m in (1, 2, 5)
+                if high - low <= 5 * m * 10.0**e)
+    ticks = unit * np.arange(math.floor(low / unit), math.ceil(high / unit) + 1)
+    x = min(steps[0] for _, steps, _ in lines), max(steps[-1] for _, steps, _ in lines)
+    parts = f'<text x="{left}" y="20">{title}</text>'
+    for tick, y in zip(ticks, np.linspace(bottom, top, len(ticks))):
+        parts += (f'<path d="M{left} {y:.0f}H{right}" stroke="#ddd"/><text x="{left - 8}" '
+                  f'y="{y + 5:.0f}" text-anchor="end">{tick:.6g}</text>')
+    legend = f"step {x[0]:g} to {x[1]:g}"
+    for k, ((name, steps, values), mean) in enumerate(zip(lines, means)):
+        colour = COLOURS[k % len(COLOURS)]
+        for its, look in ((values, 'opacity=".3"'), (mean, 'stroke-width="2.5"')):
+            points = " ".join(f"{at:.1f},{y:.1f}" for at, y in zip(
+                np.interp(steps, x, (left, right)),
+                np.interp(its, (ticks[0], ticks[-1]), (bottom, top))))
+            parts += f'<polyline points="{points}" fill="none" stroke="{colour}" {look}/>'
+        legend += f' <tspan fill="{colour}" font-weight="bold">{shown(name)}</tspan>'
+    return f'{parts}<text x="{left}" y="330">{legend}</text>'
 
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
@@ -779,16 +761,16 @@ th:first-child, td:first-child { text-align: left } .group td { border-top: 1px 
 article { border: 1px solid #d0d7de; border-radius: .5rem; padding: .8rem; margin: 1rem 0 }
 article, pre { overflow-wrap: anywhere } .note, figcaption { color: #57606a; font-size: .85rem }
 .views { display: flex; flex-wrap: wrap; gap: .5rem } figure { margin: 0 } img { width: 12rem }
+figure svg { background: #f6f8fa; width: 12rem }
 pre { white-space: pre-wrap; background: #f6f8fa; max-height: 14rem; overflow-y: auto }
 .score { padding: .05rem .5rem; border-radius: 1rem; color: #fff }
-figure svg { background: #f6f8fa }
 </style><h1>HATCH: evaluation</h1>"""
 GOLD, WRITTEN = "#1a7f37", "#d55e00"
 
 
 def write_page(path, runs, curves, show):
     """One self-contained page: tables, curves, and `show` questions, drawn evenly over tasks."""
-    parts, rng, queue = [PAGE], np.random.default_rng(0), []
+    parts, rng, place, queue = [PAGE], np.random.default_rng(0), Counter(), []
     for title, header, lines in tables(runs):
         head = "".join(f"<th>{shown(cell)}</th>" for cell in (title, *header))
         parts.append(f'<div class="wide"><table><tr>{head}</tr>')
@@ -796,15 +778,15 @@ def write_page(path, runs, curves, show):
             row = "".join(f"<td>{shown(cell)}</td>" for cell in (label, *cells))
             parts.append(f'<tr class="{"task" if depth else "group"}">{row}</tr>')
         parts.append("</table></div>")
-    parts.append(f'<p class="note">{shown(note(runs))}</p>{curves}'
-                 '<p class="note">Camera paths are seen from above, ahead is up: <b style="color:'
-                 f'{GOLD}">gold</b>, <b style="color:{WRITTEN}">written</b>.</p>')
     for run in runs:
-        place = Counter()  # of a question within its task
         for k in rng.permutation(len(run.records)):
-            task = run.records[k]["item"].task
-            place[task] += 1
-            queue.append((place[task], run.name, run.records[k]))
+            of = run.bench, run.name, run.records[k]["item"].task
+            place[of] += 1  # of a question within its task
+            queue.append((place[of], run.name, run.records[k]))
+    parts.append(f'<p class="note">{shown(note(runs))}</p>{curves}<p class="note">'
+                 f"{min(show, len(queue)):,} of {len(queue):,} questions, drawn evenly over tasks. "
+                 f'Camera paths are seen from above, ahead is up: <b style="color:{GOLD}">true</b>,'
+                 f' <b style="color:{WRITTEN}">written</b>.</p>')
     parts += [article(*its) for _, *its in sorted(queue, key=itemgetter(0))[:show]]
     path.write_text("\n".join(parts) + "</html>\n", encoding="utf-8")
 
@@ -838,7 +820,7 @@ def article(name, record):
     return (f'<article>{badges} <b>{shown(item.task)}</b> '
             f'<span class="note">{shown(f"{item.id}, {name}")}</span>'
             f'<div class="views">{"".join(figures)}</div><p>{shown(item.question)}</p>'
-            f'<p>gold <b>{shown(item.gold)}</b>, read <b>{shown(record["answer"], 200)}</b></p>'
+            f'<p>true <b>{shown(item.gold)}</b>, written <b>{shown(record["answer"], 200)}</b></p>'
             f"<pre>{shown(response)}</pre></article>")
 
 
@@ -862,7 +844,7 @@ def from_above(pair, gold, written):
             f'<g fill="none" stroke="{colour}" stroke-width=".04"><polyline points="{line}"/>'
             f'<path d="M0 0V-.45M-.09 -.32L0 -.45L.09 -.32" '
             f'transform="translate({xy[-1][0]:.3f} {xy[-1][1]:.3f}) rotate({gaze:.0f})"/></g>')
-    return (f'<figure><svg width="150" height="150" viewBox="-1 -1 2 2">{shapes}</svg>'
+    return (f'<figure><svg viewBox="-1 -1 2 2">{shapes}</svg>'
             f"<figcaption>view {pair[0]} to {pair[1]}, {said}</figcaption></figure>")
 
 
