@@ -29,6 +29,7 @@ SPAR-Bench's own code scores it 1.
 
 import argparse
 import base64
+import csv
 import html
 import io
 import itertools
@@ -302,7 +303,7 @@ BENCHES = {
         dict.fromkeys(MINDCUBE_SETTINGS, MINDCUBE_PROMPT), mindcube_letter, 4096, 480 * 480),
     "mmsi": Bench(
         "MMSI-Bench", "a copy of huggingface.co/datasets/RunsenXu/MMSI-Bench",
-        ("MMSI_Bench.parquet", "*.parquet", "*.jsonl"),
+        ("MMSI_Bench.parquet", "MMSI_bench.tsv", "*.parquet", "*.jsonl"),
         ("id", "question_type", "question", "answer"), MMSI_GROUPS,
         dict.fromkeys(itertools.chain(*MMSI_GROUPS.values()), MMSI_PROMPT), mmsi_letter),
     "spar-si": Bench("SPAR-Bench-SI", *SPAR, SPAR_LEVELS, {
@@ -501,7 +502,7 @@ def read_item(bench, row, folder):
 
 
 def read_rows(path, fields):
-    """The rows {field: value} of a parquet or jsonl file; {} for a line that is none."""
+    """The rows {field: value} of a parquet, tsv or jsonl file; {} for a line that is none."""
     if path.suffix == ".parquet":
         try:
             import pyarrow.parquet
@@ -513,6 +514,12 @@ def read_rows(path, fields):
             raise geometry.DataError(f"{path}: reading it needs `pip install pyarrow`") from None
         except ValueError as error:  # as pyarrow's own are
             raise geometry.DataError(f"{path}: cannot be read as parquet ({error})") from None
+    elif path.suffix == ".tsv":  # MMSI-Bench's: pictures in base64, several in a list
+        csv.field_size_limit(1 << 30)
+        for row in csv.DictReader(io.StringIO(read_text(path)), delimiter="\t"):
+            pictures = re.findall(r"[\w+/=]+", row.get("image") or "")
+            yield {**row, "id": row.get("index"), "question_type": row.get("category"),
+                   "image": [base64.b64decode(picture) for picture in pictures]}
     elif path.suffix == ".jsonl":
         for line in filter(str.strip, read_text(path).split("\n")):
             try:
@@ -521,7 +528,7 @@ def read_rows(path, fields):
                 row = None
             yield row if isinstance(row, dict) else {}
     else:
-        raise geometry.DataError(f"{path}: neither .parquet nor .jsonl")
+        raise geometry.DataError(f"{path}: neither .parquet nor .tsv nor .jsonl")
 
 
 def open_images(cells, folder):
@@ -558,8 +565,10 @@ def answer(items, args, path, say, rank, world, device, dtype):
     steps = math.ceil(len(todo) / (share * world))
     weights = sum(numbers for numbers, _ in headers.values())
     need = dtype.itemsize * weights + share * (3 * args.max_pixels // 784 + 512) * 2**18 + 3e8
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
     say(f"model   {args.model}: {weights:,} parameters, {dtype} on {device}; mode {args.mode}\n"
-        f"memory  {need / 2**30:.1f} GiB; a smaller --batch or --max-pixels takes less")
+        f"memory  {need / 2**30:.1f} GiB" + (
+            ", more than is free: a smaller --batch or --max-pixels takes less" * (need > free)))
     model, tokenizer = load_model(source, headers)
     for parameter in model.parameters():  # one by one; the rotary frequencies stay as they are
         parameter.data = parameter.data.to(device, dtype)
@@ -602,8 +611,8 @@ def ask(items, args, tokenizer, processor, k):
 
 
 def continue_predictions(path, items, args, source, say):
-    """Ids of the answers at `path`, which is started anew if there are none or with --overwrite.
-    DataError for those of other weights, other questions or arguments."""
+    """Ids of the answers at `path`, which is started anew if there are none, with --overwrite, or
+    when their model has been trained again. DataError for those of another model or questions."""
     run = {name: getattr(args, name) for name in (
         "bench", "mode", "blind", "max_pixels", "max_new_tokens", "precision")}
     run |= {"questions": checksum(items), "weights": geometry.fingerprint(weight_files(source))}
@@ -614,7 +623,9 @@ def continue_predictions(path, items, args, source, say):
         other = [name for name in run if then.get(name) != run[name]]
         if not other:
             return [name for name, line in lines.items() if "response" in line]
-        if lines:
+        if other == ["weights"] and said.get("model") == args.model:
+            say(f"{args.model} has been trained again since {path} was written: starting over")
+        elif lines:
             raise geometry.DataError(f"{path} holds answers of {said.get('model')} with another "
                                      f"{', '.join(other)}: name another --out, or --overwrite")
     path.write_text(json.dumps({"args": vars(args), "run": run, "versions": {

@@ -1,6 +1,8 @@
 """evaluate.py: the official scorers, the averages of the tables, every published format from disk
 to table, files as people have them, predictions that continue, and a page that shows anything."""
 
+import base64
+import csv
 import io
 import json
 import math
@@ -197,6 +199,18 @@ def write_mmsi(folder):
             ("Positional Relationship (Cam.-Obj.)", " C\n")))])
 
 
+def test_mmsi_tsv(tmp_path):
+    """VLMEvalKit's copy of MMSI-Bench: pictures in base64, several in a list."""
+    pictures = [base64.b64encode(jpeg(size=size)).decode() for size in ((64, 48), (80, 60))]
+    with open(tmp_path / "MMSI_bench.tsv", "w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file, delimiter="\t").writerows([
+            ("index", "image", "question", "answer", "category"),
+            (7, pictures, "A?\tB?", "B", "MSR")])
+    (item,) = evaluate.load_items("mmsi", tmp_path)
+    assert item[:4] == ("7", "MSR", "A?\tB?", "B")
+    assert [picture.size for picture in item.images()] == [(64, 48), (80, 60)]
+
+
 def write_cvbench(folder):
     for name, sources in (("2d", ("ADE20K", "COCO", "Nowhere")), ("3d", ("Omni3D",))):
         path = write_parquet(folder / f"test_{name}.parquet", [
@@ -312,6 +326,9 @@ def test_predictions_of_another_run_are_not_mixed(answered, root, rooms, tiny_mo
     assert done.returncode and "was asked other questions" in done.stdout
     evaluation(root, tmp_path, rooms, "other", "--overwrite", "--limit", 2)
     assert len(predictions(tmp_path / "out")) == 2
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\2")  # trained again
+    done = evaluation(root, tmp_path, rooms, "other", "--limit", 3)
+    assert "other has been trained again" in done.stdout and " 3 to be asked" in done.stdout
 
 
 @pytest.fixture
