@@ -4,12 +4,15 @@ lines."""
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import types
+import zlib
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
@@ -21,8 +24,10 @@ from safetensors import SafetensorError  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import actor_sft  # noqa: E402
 import geometry  # noqa: E402
 import pasta  # noqa: E402
+import rewards  # noqa: E402
 from scenes import make_scenes  # noqa: E402
 
 torch.set_num_threads(1)  # the same everywhere: sums, and so bits, depend on it
@@ -38,7 +43,7 @@ def run(script, root, cwd, *flags, processes=1, env={}, **popen):
         return _call(script, cwd, *flags)
     start = [sys.executable] if processes == 1 else [
         sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
-        "--master_port=29417"]
+        "--standalone"]  # at a free port
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
     return subprocess.run([*start, str(root / script), *map(str, flags)], cwd=cwd, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300, env=env,
@@ -63,6 +68,44 @@ def _call(script, cwd, *flags):
         for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
             signal.signal(number, handler)
     return types.SimpleNamespace(returncode=code, stdout=said.getvalue())
+
+
+def kills(act):
+    """Do `act` until it ends, killed at its first change of files, its second, ...: what was to be
+    written is written by half, nothing is moved or deleted. Yields after each kill."""
+    def deadly(call, target, countdown):
+        def wrapped(*args, **more):
+            if next(countdown):
+                return call(*args, **more)
+            if target is not None:
+                call(*args, **more)
+                os.truncate(args[target], os.path.getsize(args[target]) // 2)
+            raise KeyboardInterrupt
+        return wrapped
+
+    for number in itertools.count():
+        countdown = itertools.count(number, -1)
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            for where, name, target in ((pasta, "save_file", 1), (shutil, "copyfile", 1), (
+                    Path, "write_text", 0), (Path, "unlink", None), (os, "replace", None)):
+                patch.setattr(where, name, deadly(getattr(where, name), target, countdown))
+            act()
+            return
+        yield
+
+
+def pay(text, *_, **__):
+    """A reward for GRPO's tests, by a text's checksum: a random model's completions would all score
+    0, which would leave every weight where it is."""
+    total = zlib.crc32(text.encode()) % 1000 / 500
+    return {"total": total, "action": total, "answer": 0.0, "format": 0.0}
+
+
+def quicken(put=setattr):
+    """Made for a random model: it never ends a text, and no text of it would earn anything."""
+    write = actor_sft.generate_greedily
+    put(actor_sft, "generate_greedily", lambda *its: write(*its[:-1], min(its[-1], 4)))
+    put(rewards, "total_reward", pay)
 
 
 def records(out):

@@ -1,10 +1,13 @@
 """What the tests train on: empty rooms with waves on their walls, ray cast by hand, three views
-each, in SPAR-7M-RGBD's layout. They share no code with geometry's reader, Eq. 1 or rooms."""
+each, in SPAR-7M-RGBD's layout. They share no code with geometry's reader, Eq. 1 or rooms. And what
+the tests do to a model's files."""
 
+import itertools
 import json
 
 import numpy as np
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import geometry
 
@@ -70,3 +73,31 @@ def make_scenes(root, train=6, val=2):
                  "Where is the second camera? A. left B. right", "AB"[int(right > 0)], {})):
             write_question(root, split, task, kind, name, which, question, answer, **more)
     return root
+
+
+def change_weights(model, change, file="model.safetensors"):
+    """Rewrite a file of weights: {name: tensor} -> the same."""
+    save_file(change(load_file(model / "model.safetensors")), model / file, {"format": "pt"})
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | changes))
+
+
+def as_published(model):
+    """Two shards with an index, and one more that it does not name; config.json of version 4, whose
+    dtype is not the weights'."""
+    names, shards = sorted(load_file(model / "model.safetensors")), [
+        f"model-0000{k + 1}-of-00002.safetensors" for k in range(3)]
+    for k, shard in enumerate(shards):  # the last one has other values
+        change_weights(model, lambda tensors: {
+            key: tensors[key] + k // 2 for key in names[k % 2::2]}, shard)
+    (model / "model.safetensors").unlink()
+    change_json(model / "model.safetensors.index.json", metadata={}, weight_map=dict(
+        zip(names, itertools.cycle(shards[:2]))))
+    config = json.loads((model / "config.json").read_text())
+    config = config.pop("text_config") | config | {"torch_dtype": "float16"}
+    rope, _ = config.pop("rope_parameters"), config.pop("dtype")
+    (model / "config.json").write_text(json.dumps(config | {
+        "rope_theta": rope["rope_theta"], "rope_scaling": {
+            "type": "mrope", "mrope_section": rope["mrope_section"]}}, indent=1) + "\n \n")

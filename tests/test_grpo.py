@@ -1,10 +1,8 @@
-"""actor_grpo.py: a group against separate rows, the sampler, the loss; what a run does and says."""
+"""actor_grpo.py: a group against separate rows, the sampler, the loss; what a run logs, its flags.
+What it promises as every trainer does is in test_trainers.py."""
 
 import json
 import math
-import os
-import shutil
-import signal
 from dataclasses import replace
 from functools import partial
 
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import (
     AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil)
 
@@ -20,35 +18,24 @@ import actor_grpo
 import conftest
 import geometry
 import rewards
-from conftest import records
+from conftest import pay, records
 
 run = partial(conftest.run, "actor_grpo.py")
 G, T = 4, 9
 MASK = torch.arange(T) < torch.tensor([[T], [3], [1], [6]])  # completions of different length
 TOKENS = torch.randint(10, 400, (G, T), generator=torch.Generator().manual_seed(0))
 A = torch.tensor([1.2, -0.7, 0.0, -0.5], dtype=torch.float64)
-END = list(range(0, 400, 12))  # so many words end a completion that some end early
-SIZES = ([(224, 224), (308, 168)], [(112, 112), (84, 84), (112, 112)], [(84, 140), (112, 84)])
-# A random model's completions all score 0, which would leave every weight where it is. So in this
-# file a completion is worth what its text's checksum says.
-PAY = """import rewards, zlib
-def pay(text, *_, **__):
-    total = zlib.crc32(text.encode()) % 1000 / 500
-    return {"total": total, "action": total, "answer": 0.0, "format": 0.0}
-rewards.total_reward = pay
-"""
+END = list(range(0, 400, 9))  # so many words end a completion that some end early
+SIZES = ([(168, 112), (112, 140)], [(112, 112), (84, 84), (112, 112)], [(84, 140), (112, 84)])
 
 
 def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def pay():
-    whole = rewards.total_reward
-    exec(PAY, {})
-    yield
-    rewards.total_reward = whole
+@pytest.fixture(autouse=True)
+def payment(monkeypatch):
+    monkeypatch.setattr(rewards, "total_reward", pay)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +43,8 @@ def made(tiny_model, scenes):
     """(model, tokenizer, make: a prompt with pictures of these sizes), float64: a random model that
     says and sees more than a fresh one, and whose heads share their keys."""
     config = Qwen2_5_VLConfig.from_pretrained(tiny_model)
-    config.text_config.num_key_value_heads = 1
-    config.text_config.rope_parameters["mrope_section"] = [8, 12, 12]  # no axis is hidden
+    config.text_config.num_attention_heads, config.text_config.num_key_value_heads = 4, 2
+    config.text_config.rope_parameters["mrope_section"] = [6, 9, 9]  # no axis is hidden
     torch.manual_seed(0)
     model = Qwen2_5_VLForConditionalGeneration(config).double()
     for p in model.parameters():
@@ -79,31 +66,18 @@ def made(tiny_model, scenes):
 # --- a group equals separate rows
 
 
-@pytest.mark.parametrize("masked", [True, False])
-def test_shared_heads_equal_repeated_ones(masked, monkeypatch):
-    """Values and gradients; no kernel of CUDA takes a mask and grouped heads at once."""
-    library, asked = F.scaled_dot_product_attention, []
-    monkeypatch.setattr(F, "scaled_dot_product_attention",
-                        lambda *a, **b: asked.append(b) or library(*a, **b))
-    q, k, v = (normal(2, heads, L, 8, seed=seed).requires_grad_() for seed, (heads, L) in enumerate(
-        ((6, 5), (2, 5 + 4 * masked), (2, 5 + 4 * masked))))
-    mask = normal(5, 9) > -0.5 if masked else torch.ones(5, 5, dtype=torch.bool).tril()
-    outs = (actor_grpo.attend(q, k, v, mask if masked else None),
-            library(q, *(its.repeat_interleave(3, dim=1) for its in (k, v)), attn_mask=mask))
-    torch.testing.assert_close(*outs)
-    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), (q, k, v))
-                                 for out in outs))
-    assert len(asked) == 1 and not (masked and asked[0].get("enable_gqa"))
-
-
 @pytest.mark.parametrize("recompute", [False, True])
-def test_layers_equal_the_librarys(made, recompute):
-    """One row at once, and its end behind the keys and values of its beginning."""
+def test_layers_equal_the_librarys(made, recompute, monkeypatch):
+    """One row at once, and its end behind the keys and values of its beginning. No fused kernel of
+    CUDA takes a mask and grouped heads at once: none is asked to."""
+    library = F.scaled_dot_product_attention
     whole, x = made[2](SIZES[1]).positions, normal(1, 12, 192)
     first = int((whole[1] != whole[2]).nonzero()[0])
     positions = whole[:, None, first - 2:first + 10]  # text, then an image
     theirs = made[0].model.language_model(inputs_embeds=x, position_ids=positions, use_cache=True)
-    past, run = [(x.new_zeros(1, 1, 0, 64),) * 2] * 4, actor_grpo.run_layers
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **b: library(*a, **b) if len(
+        {"attn_mask", "enable_gqa"} & b.keys()) < 2 else pytest.fail("has both"))
+    past, run = [(x.new_zeros(1, 2, 0, 48),) * 2] * 4, actor_grpo.run_layers
     ours, kept = run(made[0], x, positions, past, None, recompute)
     torch.testing.assert_close((ours, kept), (theirs.last_hidden_state, [
         (layer.keys, layer.values) for layer in theirs.past_key_values.layers]))
@@ -111,21 +85,6 @@ def test_layers_equal_the_librarys(made, recompute):
     mask = torch.ones(5, 12, dtype=torch.bool).tril(7)
     end, again = run(made[0], x[:, 7:], positions[..., 7:], past, mask, recompute)
     torch.testing.assert_close((end, again), (ours[:, 7:], kept))
-
-
-def test_recomputing_equals_keeping():
-    """Several inputs, one of them fixed, and outputs, one of them unused; a weight beside them."""
-    found, weight = [], normal(3, 3, seed=1).requires_grad_()
-
-    def run(x, y, fixed):
-        return x @ weight * y, (x * fixed).tanh(), x + y
-
-    for through in (run, partial(actor_grpo.Recompute.apply, run)):
-        weight.grad, x, y = None, *(normal(2, 3, seed=k).requires_grad_() for k in (2, 3))
-        first, _, last = through(x, y, normal(2, 3))
-        (first * last.exp()).sum().backward()
-        found.append((x.grad, y.grad, weight.grad))
-    torch.testing.assert_close(*found)
 
 
 def separate_rows(model, prompt, temperature):
@@ -195,7 +154,7 @@ def test_wrong_layouts_are_noticed(made, case, see, go_on, monkeypatch):
 def test_prompt(made, more, instruction):
     """Qwen's ChatML, images first; what a question holds is text, control tokens too."""
     prompt = made[2](SIZES[0], *more)
-    pictures = "".join(f"<|vision_start|>{'<|image_pad|>' * n}<|vision_end|>" for n in (64, 66))
+    pictures = "".join(f"<|vision_start|>{'<|image_pad|>' * n}<|vision_end|>" for n in (24, 20))
     assert made[1].decode(prompt.ids) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
         f"{pictures}<|im_end|>?\n{instruction}<|im_end|>\n<|im_start|>assistant\n")
@@ -221,7 +180,7 @@ def naive_rollout(model, prompt, noise, temperature, banned):
     return row[len(prompt.ids):].tolist()
 
 
-@pytest.mark.parametrize("which, temperature, longest", [(0, 1.0, 9), (1, 0.7, 6), (2, 1.0, 12)])
+@pytest.mark.parametrize("which, temperature, longest", [(0, 1.0, 9), (1, 0.7, 9)])
 def test_rollouts_equal_naive_sampling(made, which, temperature, longest):
     (model, tokenizer, make), noise = made, actor_grpo.uniforms(0, 1, which, G, longest)
     prompt, banned = make(SIZES[which]), tokenizer.convert_tokens_to_ids(actor_grpo.BANNED)
@@ -255,11 +214,13 @@ def test_sampler_against_the_softmax(temperature):
         assert chi_square < 29.6 if fits else chi_square > 1000  # 9 degrees of freedom, p = 0.0005
 
 
-@pytest.mark.parametrize("u, token", [(0.0, 1), (0.4999, 1), (0.5, 2), (1 - 1e-16, 2)])
-def test_edges_of_the_sampler(u, token):
-    logits = torch.tensor([[-math.inf, 0.0, 0.0, -math.inf], [math.nan] * 4])
-    drawn, _ = actor_grpo.sample_tokens(logits, torch.tensor([u] * 2, dtype=torch.float64), 1.0, [])
-    assert int(drawn[0]) == token and 0 <= int(drawn[1]) < 4
+def test_edges_of_the_sampler():
+    """What has no probability never comes; NaN, of which the loss will tell, gives some word."""
+    logits, u = torch.tensor([-math.inf, 0.0, 0.0, -math.inf]), normal(4)
+    u[:] = torch.tensor([0.0, 0.4999, 0.5, 1 - 1e-16], dtype=torch.float64)
+    assert actor_grpo.sample_tokens(logits.expand(4, -1), u, 1.0, [])[0].tolist() == [1, 1, 2, 2]
+    assert set(actor_grpo.sample_tokens(math.nan * normal(4, 4), u, 1.0, [])[0].tolist()) <= set(
+        range(4))
 
 
 def test_noise_is_a_function_of_seed_step_prompt_and_completion():
@@ -316,7 +277,6 @@ def test_gradient_at_ratio_one_is_the_policy_gradient():
     (gradient,) = torch.autograd.grad(loss, log_p)
     torch.testing.assert_close(gradient, -A[:, None] / MASK.sum(-1, keepdim=True) / G * MASK)
     assert seen == {"kl": 0, "kl_max": 0, "ratio_max": 1, "clip_share": 0}
-    assert not gradient[A == 0].any()
 
 
 def test_clipping_and_clamping_stop_the_gradient():
@@ -334,7 +294,7 @@ def test_clipping_and_clamping_stop_the_gradient():
 @pytest.mark.parametrize("more, block", [(["--freeze", "vision"], "action"),
                                          (["--reasoning", "language"], "think")])
 def test_roll_out_group(made, monkeypatch, more, block):
-    (model, tokenizer, make), paid, pay = made, [], rewards.total_reward
+    (model, tokenizer, make), paid = made, []
     monkeypatch.setattr(actor_grpo, "END", tokenizer.convert_ids_to_tokens(END))
     monkeypatch.setattr(rewards, "total_reward", lambda *a, **b: paid.append((*a, b)) or pay(*a))
     args = actor_grpo.parse_args(
@@ -365,15 +325,15 @@ def test_roll_out_group(made, monkeypatch, more, block):
             for text, score, a in zip(texts, scores, A)]}
 
 
-@pytest.mark.parametrize("more, longest", [
-    ([], 96 + 3 * 64), (["--max-new-tokens", "7"], 7), (["--reasoning", "language"], 256)])
-def test_budgets_follow_the_number_of_views(made, monkeypatch, more, longest):
-    asked, args = [], actor_grpo.parse_args(["--data", "-", *more])
+def test_budgets_follow_the_number_of_views(made, monkeypatch):
+    asked = []
     monkeypatch.setattr(rewards, "total_reward", lambda *_, **__: {"total": 1.0})
     monkeypatch.setattr(actor_grpo, "uniforms", lambda *its: asked.append(its) or normal(G, 1))
-    group = actor_grpo.roll_out_group(made[0], None, made[1], made[2](SIZES[1]), args, 1, 0)
-    assert asked == [(0, 1, 0, 8, longest)]
-    assert group["ref"] is None and group["logged"]["dead_groups"] == 1 and not group["A"].any()
+    for more in ("", "--max-new-tokens 7", "--reasoning language"):
+        args = actor_grpo.parse_args(["--data", "-", *more.split()])
+        group = actor_grpo.roll_out_group(made[0], None, made[1], made[2](SIZES[1]), args, 1, 0)
+        assert group["ref"] is None and group["logged"]["dead_groups"] == 1 and not group["A"].any()
+    assert asked == [(0, 1, 0, 8, longest) for longest in (96 + 3 * 64, 7, 256)]
 
 
 def test_summary_by_hand():
@@ -403,152 +363,38 @@ def test_warnings(change, words):
 # --- runs
 
 
-@pytest.fixture(scope="module")
-def flags(scenes, tiny_model):
-    """A random model never ends by itself: short completions."""
-    return [*f"--data {scenes} --model {tiny_model} --lr 1e-3 --group 3 --batch 2 "
-            "--max-pixels 12544 --max-new-tokens 12 --save-every 2 --rollouts-every 2".split(),
-            "--out", "out"]
-
-
-def go(root, cwd, *flags, out="out", **how):
-    """The records of a run in which every step changed the weights."""
-    done = run(root, cwd, *flags, "--out", out, **how)
-    assert done.returncode == 0, done.stdout
-    lines = records(cwd / out)
-    assert all(line["update_norm"] > 0 and line["dead_groups"] < 1 for line in lines)
-    return lines
-
-
-def rollouts(out):
-    return [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()[1:]]
-
-
-def equal(a, b):
-    """Whether each tensor of two files is the same, to the last bit."""
-    a, b = load_file(a), load_file(b)
-    assert a.keys() == b.keys()
-    return {key: torch.equal(a[key], b[key]) for key in a}
-
-
-@pytest.fixture(scope="module")
-def four_steps(root, tmp_path_factory, flags):
-    cwd = tmp_path_factory.mktemp("grpo")
-    return go(root, cwd, *flags, "--steps", 4), cwd / "out"
-
-
-def test_log_rollouts_and_model(four_steps, tiny_model):
-    lines, out = four_steps
-    assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    # the first policy is the reference: exact, though computed apart; and the one that sampled
-    assert lines[0]["kl"] == 0 < lines[-1]["kl"] and lines[0]["ratio_max"] == 1
-    assert all(0 < line["gap"] < 1e-4 and line["seconds"] > 0 for line in lines)
-    assert any("no completion has the form" in said for said in lines[0]["warnings"])
-    shown = rollouts(out)
-    assert [group["step"] for group in shown] == [1, 1, 2, 2, 4, 4]
-    assert all(len(group["responses"]) == 3 for group in shown)
-    _, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(out, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert (out / "config.json").read_text() == (tiny_model / "config.json").read_text()
-
-
-def test_resume_is_exact(root, four_steps, flags, tmp_path):
-    """2 steps, and 2 more when that run has ended, equal 4: to the last bit, log and rollouts, and
-    the reference, which is the model that the first one started from. No other one will do."""
-    (lines, whole), half = four_steps, tmp_path / "out"
-    go(root, tmp_path, *flags, "--steps", 2)
-    again = go(root, tmp_path, "--steps", 4, "--resume")
-    assert [{**a, "seconds": 0} for a in lines] == [{**b, "seconds": 0} for b in again]
-    assert rollouts(whole) == rollouts(half) and again[2]["kl"] > 0
-    names = {path.name for path in whole.glob("*.safetensors")}
-    assert len(names) == 4 and names == {path.name for path in half.glob("*.safetensors")}
-    assert all(all(equal(whole / name, half / name).values()) for name in names)
-    done = run(root, tmp_path, "--steps", 6, "--resume", "--out", "out", "--model", whole)
-    assert done.returncode == 1 and "was begun with another --model" in done.stdout
-
-
-def test_two_processes_equal_one(root, flags, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(PAY)
-    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{root}", "OMP_NUM_THREADS": "1",
-           "CUDA_VISIBLE_DEVICES": ""}
-    one, two = (go(root, tmp_path, *flags, "--steps", 2, out=str(n), processes=n, env=env)
-                for n in (1, 2))
-    for a, b in zip(one, two, strict=True):
-        for key in ("loss", "reward", "kl", "grad_norm", "length"):
-            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-6)
-    one, two = (sorted(rollouts(tmp_path / n), key=lambda its: (its["step"], its["id"]))
-                for n in "12")
-    assert one == two
-
-
 @pytest.mark.parametrize("more, moved", [
-    ("--updates 2 --lr 1e-2", "model visual"), ("--beta 0", "model visual"),
-    ("--reasoning language", "model visual"), ("--freeze vision", "model"),
-    ("--freeze language", "visual"), ("--precision fp16", "model visual"),
-    ("--precision bf16 --offload --max-new-tokens 2", "model visual"),
-    ("--temperature 0.7 --no-recompute", "model visual")])
-def test_other_ways(root, flags, tmp_path, tiny_model, more, moved):
-    lines = go(root, tmp_path, *flags, "--steps", 2, *more.split())
-    assert [line["kl"] > 0 for line in lines] == ["--updates" in more, "--beta" not in more]
+    ("", "model visual"), ("--updates 2 --lr 1e-2 --temperature 0.7", "model visual"),
+    ("--beta 0 --freeze language --no-recompute", "visual"),
+    ("--reasoning language --freeze vision", "model"),
+    ("--precision bf16 --offload --max-new-tokens 2", "model visual")])
+def test_runs(root, scenes, tmp_path, tiny_model, more, moved):
+    """What a run logs, keeps of its rollouts and trains; a random model never ends by itself."""
+    done = run(root, tmp_path, *f"--data {scenes} --model {tiny_model} --lr 1e-3 --group 3 --batch "
+               "2 --max-pixels 3136 --max-new-tokens 6 --rollouts-every 3 --steps 3 --out out "
+               f"--workers 1 {more}".split())
+    assert done.returncode == 0, done.stdout
+    lines, out = records(tmp_path / "out"), tmp_path / "out"
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(line["update_norm"] > 0 and line["dead_groups"] < 1 for line in lines)
+    # the first policy is the reference: exact, though computed apart; and the one that sampled
+    assert [line["kl"] > 0 for line in lines] == ["--updates" in more, *["--beta" not in more] * 2]
     assert (lines[0]["ratio_max"] > 1) == ("--updates" in more)
-    same = equal(tiny_model / "model.safetensors", tmp_path / "out/model.safetensors")
-    assert {key.split(".")[0] for key in same if not same[key]} == set(moved.split())
+    rounding = 0.1 if "bf16" in more else 1e-4
+    assert all(0 < line["gap"] < rounding and line["seconds"] > 0 for line in lines)
+    assert ("no completion has the form" in done.stdout) == any("warnings" in its for its in lines)
+    shown = [json.loads(line) for line in (out / "rollouts.jsonl").open()][1:]
+    assert [group["step"] for group in shown] == [1, 1, 3, 3]
+    assert all(len(group["responses"]) == 3 for group in shown)
+    before, after = (load_file(path / "model.safetensors") for path in (tiny_model, out))
+    assert {key.split(".")[0] for key in before
+            if not torch.equal(before[key], after[key])} == set(moved.split())
 
 
-def test_signal_saves_and_resume_goes_on(root, flags, tmp_path, monkeypatch):
-    pay = rewards.total_reward
-    monkeypatch.setattr(rewards, "total_reward", lambda *its, **_: signal.raise_signal(
-        signal.SIGTERM) or pay(*its))
-    done = run(root, tmp_path, *flags, "--save-every", 50, "--steps", 50)
-    assert done.returncode == 128 + signal.SIGTERM
-    assert "stopped after step 1; go on with --resume --out out" in done.stdout.splitlines()[-1]
-    monkeypatch.undo()
-    assert len(go(root, tmp_path, "--steps", 2, "--resume")) == 2
-
-
-def test_real_frames(root, shared, flags, tmp_path):
-    assert len(go(root, tmp_path, *flags, "--data", shared / "spar", "--steps", 1)) == 1
-
-
-def test_unusable_samples_are_named_left_out_and_counted(root, flags, tmp_path, scenes):
-    shutil.copytree(scenes, tmp_path / "data")
-    broken = sorted((tmp_path / "data").rglob("image_color/0.jpg"))[::2]
-    for picture in broken:
-        picture.write_bytes(picture.read_bytes()[:500])
-    done = run(root, tmp_path, *flags, "--data", "data", "--steps", 6)
-    named = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("skipped ")}
-    assert named and named <= {f"{path.relative_to(tmp_path)}:" for path in broken}
-    assert done.returncode == 0 and f"; {len(named)} samples could not be used" in done.stdout
-    assert sum(line.get("update_norm", 0) > 0 for line in records(tmp_path / "out")) >= 3
-
-
-def test_non_finite_steps_are_left_out_and_end_the_run(root, flags, tmp_path, tiny_model, scenes):
-    shutil.copytree(tiny_model, tmp_path / "model")
-    tensors = load_file(tmp_path / "model/model.safetensors")
-    tensors["model.layers.1.input_layernorm.weight"][0] = math.nan
-    save_file(tensors, tmp_path / "model/model.safetensors", {"format": "pt"})
-    done = run(root, tmp_path, *flags, "--model", "model", "--steps", 20)
-    said = [line for line in done.stdout.splitlines() if "left out: gradient norm nan (" in line]
-    assert len(said) == 5 and any(its.id in said[0] for its in geometry.load_samples(scenes))
-    assert done.returncode == 1
-    assert "five steps in a row were not finite" in done.stdout.splitlines()[-1]
-
-
-@pytest.mark.parametrize("change, message", [
-    ("--data nowhere", "nowhere: no such directory"),
-    ("--model nowhere", "nowhere: no complete model directory"),
+@pytest.mark.parametrize("flags, message", [
     ("--model out/cold_start", "run `python actor_sft.py --target actions` first"),
-    ("--resume", "--out out has no checkpoint.json to --resume from"),
-    ("--resume --out {four} --group 4", "--group was 3 and must stay so"),
-    ("--out {model}", "is the start model's; name another"),
     ("--group 1", "--group must be 2 or more"), ("--beta -1", "--beta is out of range: -1.0"),
-    ("--temperature 0", "--temperature is out of range: 0.0"),
-    ("--out taken", "actor_grpo.py: [Errno 17] File exists: 'taken'")])
-def test_bad_arguments_end_in_one_line(root, flags, tmp_path, tiny_model, four_steps, change,
-                                       message):
-    (tmp_path / "taken").write_text("a file")
-    change = change.format(model=tiny_model, four=four_steps[1]).split()
-    how = {"env": None} if "taken" in change else {}  # as a user sees it, in its own process
-    done = run(root, tmp_path, *flags, "--steps", 4, *change, **how)
-    assert done.returncode in (1, 2) and "Traceback" not in done.stdout
-    assert message in done.stdout.splitlines()[-1]
+    ("--temperature 0", "--temperature is out of range: 0.0")])
+def test_bad_arguments(root, scenes, tmp_path, flags, message):
+    done = run(root, tmp_path, "--data", scenes, *flags.split())
+    assert done.returncode in (1, 2) and message in done.stdout.splitlines()[-1]
