@@ -237,7 +237,7 @@ def generate_greedily(model, tokenizer, prompts, longest):
 # ----------------------------------------------------------------------- looking at what it learnt
 
 
-def evaluate_responses(model, tokenizer, examples, batch=32):
+def evaluate_responses(model, tokenizer, examples, batch=64):
     """Loss on held-out Examples, and what the model itself writes: record for the log, texts.
 
     heldout_loss: -log p of a response token. answer, and for actions format and action: mean R_ans,
