@@ -64,7 +64,7 @@ import geometry
 import rewards
 
 DEMO = Path("out/demo")
-MADE_BY = {"out/cold_start": "python actor_sft.py --target actions"}  # and what makes it
+MADE_BY = {"out/cold_start": "python actor_sft.py --target actions"}  # and what writes it
 MAY_BE_0 = ("seed", "warmup", "beta")  # arguments
 END = ["<|im_end|>", "<|endoftext|>"]  # of a turn; of a text, which a base model may write instead
 BANNED = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",  # not in the paper
@@ -347,11 +347,11 @@ def encode_prompt(tokenizer, processor, pictures, text, name):
             "system\nYou are a helpful assistant.", "\n", "user\n", text, "assistant\n"))
     except (ValueError, TypeError) as error:
         raise geometry.DataError(f"{name}: images or text cannot be encoded ({error})") from None
-    start, end, see, seen, patch = tokenizer.convert_tokens_to_ids([
+    start, end, see_start, see_end, patch = tokenizer.convert_tokens_to_ids([
         "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"])
     ids = [start, *system, end, *line, start, *user]
     for _, h, w in images["image_grid_thw"].tolist():
-        ids += [see, *[patch] * (h * w // processor.merge_size**2), seen]
+        ids += [see_start, *[patch] * (h * w // processor.merge_size**2), see_end]
     return [*ids, *text, end, *line, start, *assistant], dict(images)
 
 
@@ -485,7 +485,8 @@ class Optimizer:
 
     def __init__(self, model, args, dtype, device):
         self.lr, self.warmup, self.clip = args.lr, args.warmup, args.clip
-        self.t = self.good = self.bad = 0  # updates; finite steps at this scale; not finite ones
+        # updates; finite steps in a row; others in a row that a lower scale cannot mend
+        self.t = self.good = self.bad = 0
         self.scale = 2.0**16 if dtype == torch.float16 else 1.0
         self.tensors, home = {}, torch.device("cpu") if args.offload else device
         for name, p in model.named_parameters():  # tensor by tensor: nothing ever exists twice
@@ -540,7 +541,8 @@ class Optimizer:
 
     def load(self, out, state):
         """Continue from what save_checkpoint wrote."""
-        self.t, self.good, self.scale = state["t"], state["good"], state["scale"]
+        self.t, self.good = state["t"], state["good"]
+        self.scale = state["scale"] if min(self.scale, state["scale"]) > 1 else self.scale
         for kind, file in state["files"].items():
             with safe_open(out / file, framework="pt") as tensors:
                 for name, (p, master, adam) in self.tensors.items():
@@ -584,10 +586,12 @@ def settle(p, argv, values):
         p.set_defaults(**state | {"resume": True})
         args = p.parse_args(argv)
         may = {"resume", "out", "steps", "data", "model", "offload", "no_recompute", "workers"}
-        for name in (its for its in state if its not in may and state[its] != getattr(args, its)):
-            p.error(f"--resume: --{name.replace('_', '-')} was {state[name]} and must stay so")
+        for name in sorted(state.keys() - may):
+            if state[name] != getattr(args, name):
+                p.error(f"--resume: --{name.replace('_', '-')} was {state[name]} and must stay so")
     for name, value in vars(args).items():
-        if type(value) in (int, float) and not value >= (name not in MAY_BE_0) * 1e-30:
+        least = 0 if name in MAY_BE_0 else 1e-30
+        if type(value) in (int, float) and not value >= least:  # NaN is out of range as well
             p.error(f"--{name.replace('_', '-')} is out of range: {value}")
     return args
 
@@ -695,7 +699,7 @@ def save_model(model, source, out, optimizer):
     incoming.mkdir()
     for file in source.iterdir():
         if file in weight_files(source):
-            save_file({key: trained.get(plain(key), its).to("cpu", its.dtype)
+            save_file({key: trained.get(plain(key), its).to("cpu", its.dtype, copy=True)
                        for key, its in load_file(file).items()}, incoming / file.name,
                       {"format": "pt"})
         elif file.suffix in (".json", ".txt", ".jinja") and file.name != "checkpoint.json":
@@ -736,11 +740,12 @@ def gather(items):
 def memory_line(weights, trained, tokens, dtype, device, offload=False, host=0):
     """What a run takes, said before it is taken, and what to do if less is there.
 
-    weights: how many compute; trained: how many each trained tensor has, with fp32 master, gradient
-    and two moments. The largest one's update, `tokens` activations and the libraries come on top.
+    weights: how many numbers all weights are; trained: how many each trained tensor is, with fp32
+    master, gradient and two moments. The largest one's update, activations of `tokens` and the
+    libraries come on top.
     """
     state = sum(trained) * (12 if dtype == torch.float32 and not offload else 16)
-    work = dtype.itemsize * (weights + 2 * max(trained)) + tokens * 2**18 + 0.3 * 2**30
+    work = dtype.itemsize * (weights + 2 * max(trained, default=0)) + tokens * 2**18 + 0.3 * 2**30
     need, free = {"host": work + state + host}, {}
     if device.type == "cuda":
         need = {"GPU": work + state * (not offload), "host": state * offload + host + 0.3 * 2**30}
@@ -858,7 +863,7 @@ def main(argv=None):
                 loss += one_loss.item() / count
                 group["logged"] |= statistics
             grad_norm = optimizer.reduce()
-            update_norm = optimizer.step(grad_norm if count else math.nan)
+            update_norm = optimizer.step(grad_norm) if count else None
             if update_norm is None:
                 break
 
@@ -889,8 +894,8 @@ def main(argv=None):
 
     if rank == 0:
         save_model(model, source, out, optimizer)
-        say(f"wrote   {out}: the model, log.jsonl, rollouts.jsonl; {len(walk.skipped)} samples "
-            "could not be used")
+        say(f"wrote   {out}: the model, log.jsonl, rollouts.jsonl; {len(walk.skipped)} problems "
+            "with the data, named above")
     if world > 1:
         dist.destroy_process_group()
 

@@ -146,11 +146,11 @@ def encode_prompt(tokenizer, processor, pictures, text, name):
             "system\nYou are a helpful assistant.", "\n", "user\n", text, "assistant\n"))
     except (ValueError, TypeError) as error:
         raise geometry.DataError(f"{name}: images or text cannot be encoded ({error})") from None
-    start, end, see, seen, patch = tokenizer.convert_tokens_to_ids([
+    start, end, see_start, see_end, patch = tokenizer.convert_tokens_to_ids([
         "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"])
     ids = [start, *system, end, *line, start, *user]
     for _, h, w in images["image_grid_thw"].tolist():
-        ids += [see, *[patch] * (h * w // processor.merge_size**2), seen]
+        ids += [see_start, *[patch] * (h * w // processor.merge_size**2), see_end]
     return [*ids, *text, end, *line, start, *assistant], dict(images)
 
 
@@ -170,11 +170,13 @@ def make_example(sample, args, tokenizer, processor, form=None):
     if form is None and args.target == "mixed":  # a function of the seed and the sample alone
         share = zlib.crc32(f"{args.seed} {sample.id}".encode(errors="replace")) / 2**32
         form = "actions" if share < args.mix else "answer"
-    form, gold = form or args.target, rewards.gold_of(sample)
-    instruction, response = rewards.ANSWER_INSTRUCTION, gold.answer
+    form = form or args.target
     if form == "actions":
-        instruction = rewards.ACTION_INSTRUCTION
+        instruction, gold = rewards.ACTION_INSTRUCTION, rewards.gold_of(sample)
         response = rewards.write_response(gold.actions, gold.answer)
+    else:  # asks for no pose: trees without poses will do
+        gold = rewards.Gold({}, sample.answer, sample.task, sample.kind, len(sample.images))
+        instruction, response = rewards.ANSWER_INSTRUCTION, gold.answer
     prompt, images = encode_prompt(tokenizer, processor, sample.pictures(),
                                    f"{sample.question}\n{instruction}", sample.id)
     try:
@@ -323,7 +325,8 @@ class Optimizer:
 
     def __init__(self, model, args, dtype, device):
         self.lr, self.warmup, self.clip = args.lr, args.warmup, args.clip
-        self.t = self.good = self.bad = 0  # updates; finite steps at this scale; not finite ones
+        # updates; finite steps in a row; others in a row that a lower scale cannot mend
+        self.t = self.good = self.bad = 0
         self.scale = 2.0**16 if dtype == torch.float16 else 1.0
         self.tensors, home = {}, torch.device("cpu") if args.offload else device
         for name, p in model.named_parameters():  # tensor by tensor: nothing ever exists twice
@@ -378,7 +381,8 @@ class Optimizer:
 
     def load(self, out, state):
         """Continue from what save_checkpoint wrote."""
-        self.t, self.good, self.scale = state["t"], state["good"], state["scale"]
+        self.t, self.good = state["t"], state["good"]
+        self.scale = state["scale"] if min(self.scale, state["scale"]) > 1 else self.scale
         for kind, file in state["files"].items():
             with safe_open(out / file, framework="pt") as tensors:
                 for name, (p, master, adam) in self.tensors.items():
@@ -422,10 +426,12 @@ def settle(p, argv, values):
         p.set_defaults(**state | {"resume": True})
         args = p.parse_args(argv)
         may = {"resume", "out", "steps", "data", "model", "offload", "no_recompute", "workers"}
-        for name in (its for its in state if its not in may and state[its] != getattr(args, its)):
-            p.error(f"--resume: --{name.replace('_', '-')} was {state[name]} and must stay so")
+        for name in sorted(state.keys() - may):
+            if state[name] != getattr(args, name):
+                p.error(f"--resume: --{name.replace('_', '-')} was {state[name]} and must stay so")
     for name, value in vars(args).items():
-        if type(value) in (int, float) and not value >= (name not in MAY_BE_0) * 1e-30:
+        least = 0 if name in MAY_BE_0 else 1e-30
+        if type(value) in (int, float) and not value >= least:  # NaN is out of range as well
             p.error(f"--{name.replace('_', '-')} is out of range: {value}")
     return args
 
@@ -533,7 +539,7 @@ def save_model(model, source, out, optimizer):
     incoming.mkdir()
     for file in source.iterdir():
         if file in weight_files(source):
-            save_file({key: trained.get(plain(key), its).to("cpu", its.dtype)
+            save_file({key: trained.get(plain(key), its).to("cpu", its.dtype, copy=True)
                        for key, its in load_file(file).items()}, incoming / file.name,
                       {"format": "pt"})
         elif file.suffix in (".json", ".txt", ".jinja") and file.name != "checkpoint.json":
@@ -574,11 +580,12 @@ def gather(items):
 def memory_line(weights, trained, tokens, dtype, device, offload=False, host=0):
     """What a run takes, said before it is taken, and what to do if less is there.
 
-    weights: how many compute; trained: how many each trained tensor has, with fp32 master, gradient
-    and two moments. The largest one's update, `tokens` activations and the libraries come on top.
+    weights: how many numbers all weights are; trained: how many each trained tensor is, with fp32
+    master, gradient and two moments. The largest one's update, activations of `tokens` and the
+    libraries come on top.
     """
     state = sum(trained) * (12 if dtype == torch.float32 and not offload else 16)
-    work = dtype.itemsize * (weights + 2 * max(trained)) + tokens * 2**18 + 0.3 * 2**30
+    work = dtype.itemsize * (weights + 2 * max(trained, default=0)) + tokens * 2**18 + 0.3 * 2**30
     need, free = {"host": work + state + host}, {}
     if device.type == "cuda":
         need = {"GPU": work + state * (not offload), "host": state * offload + host + 0.3 * 2**30}
@@ -684,7 +691,7 @@ def main(argv=None):
             optimizer.backward(its)
             loss += its.item()
         loss, grad_norm = sum(gather([loss])), optimizer.reduce()
-        update_norm = optimizer.step(grad_norm if tokens else math.nan)
+        update_norm = optimizer.step(grad_norm) if tokens else None
 
         record = {"step": step, "loss": loss, "grad_norm": grad_norm, "update_norm": update_norm,
                   "tokens_per_s": tokens / (time.monotonic() - tick)}
@@ -710,7 +717,8 @@ def main(argv=None):
         save_model(model, source, out, optimizer)
         for example, text in zip(heldout[:3], texts if start < args.steps else ()):
             say(f"--- {example.id} ({example.gold.task}), answer {example.gold.answer}\n{text}")
-        say(f"wrote   {out}: the model, log.jsonl; {len(walk.skipped)} samples could not be used")
+        say(f"wrote   {out}: the model, log.jsonl; {len(walk.skipped)} problems with the data, "
+            "named above")
     if world > 1:
         dist.destroy_process_group()
 

@@ -875,11 +875,11 @@ def encode_prompt(tokenizer, processor, pictures, text, name):
             "system\nYou are a helpful assistant.", "\n", "user\n", text, "assistant\n"))
     except (ValueError, TypeError) as error:
         raise geometry.DataError(f"{name}: images or text cannot be encoded ({error})") from None
-    start, end, see, seen, patch = tokenizer.convert_tokens_to_ids([
+    start, end, see_start, see_end, patch = tokenizer.convert_tokens_to_ids([
         "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"])
     ids = [start, *system, end, *line, start, *user]
     for _, h, w in images["image_grid_thw"].tolist():
-        ids += [see, *[patch] * (h * w // processor.merge_size**2), seen]
+        ids += [see_start, *[patch] * (h * w // processor.merge_size**2), see_end]
     return [*ids, *text, end, *line, start, *assistant], dict(images)
 
 

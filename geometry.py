@@ -39,6 +39,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +103,7 @@ def directional_overlap(x, y, n, t=0.05, t_rel=0.05, stride=4):
 
     x, y: View. n: grid side. t: metres, t_rel: share of the depth; a point is consistent when its
     depth in y differs from y's own depth map by less than max(t, t_rel z). stride: every how many
-    pixels of x are used (4 moves S by 0.03 at most on real frames; 1 uses all).
+    pixels of x are used (4 moves S by 0.03 at most on real frames; 1 uses all; not in the paper).
     Returns M (P, P): M[i, j] = share of patch i's pixels *with valid depth* (appendix A) whose 3-D
     point lands in patch j. A patch with depth on under a quarter of its pixels has an empty row.
     Raises ValueError when a view is smaller than n pixels on a side.
@@ -244,12 +245,12 @@ def pose_from_actions(actions):
 
 
 def pose_error(pose_a, pose_b):
-    """Translation error in metres and rotation error in degrees between two poses (4, 4)."""
-    d_t = math.hypot(*(pose_a[:3, 3] - pose_b[:3, 3]))
+    """Translation error in metres and rotation error in degrees between poses (..., 4, 4)."""
+    d_t = np.linalg.norm(pose_a[..., :3, 3] - pose_b[..., :3, 3], axis=-1)
     # chord = 2 sqrt(2) sin(angle / 2) keeps its precision at small angles, where the arc cosine of
     # the trace loses half of it
-    chord = math.sqrt(np.square(pose_a[:3, :3] - pose_b[:3, :3]).sum())
-    d_r = math.degrees(2 * math.asin(min(chord / math.sqrt(8), 1.0)))
+    chord = np.linalg.norm(pose_a[..., :3, :3] - pose_b[..., :3, :3], axis=(-2, -1))
+    d_r = np.degrees(2 * np.arcsin(np.minimum(chord / math.sqrt(8), 1.0)))
     return d_t, d_r  # Eq. 9
 
 
@@ -413,7 +414,8 @@ def _parse_record(line, root, path):
     images = [record["image"]] if isinstance(record["image"], str) else list(record["image"])
     depths = record.get("depth") or [_depth_name(name) for name in images]
     depths = [depths] if isinstance(depths, str) else list(depths)
-    if len(depths) != len(images) or not images:
+    least = 2 if task in MULTI_VIEW_TASKS else 1
+    if len(depths) != len(images) or len(images) < least:
         raise ValueError(f"{len(images)} images and {len(depths)} depth maps")
     base = root / source / "images"
     return Sample(
@@ -524,7 +526,7 @@ def _fit_intrinsics(K, size, image_size, path):
     ScanNet++ states the colour camera's for its small depth maps. Where depth and picture have one
     size, K is theirs if its principal point lies in the middle 80 % of it. Else K's grid is the one
     whose centre is near the principal point: the depth's, the picture's, or a larger one of their
-    shape, which K itself tells, 2 c + 1. Raises DataError if none of these can be.
+    shape, whose size is 2 c + 1 then. Raises DataError if none of these can be.
     """
     size, image_size, centre = np.array(size), np.array(image_size), 2 * K[:2, 2] + 1
     near = 0.8 if (size == image_size).all() else 0.2
@@ -583,9 +585,9 @@ class Walk:
             self.val, self.own_val = load_samples(root, "val", tasks), True
         except DataError:
             self.val, self.own_val = self.samples, False
-        shuffled = np.random.default_rng([seed, 0]).permutation(len(self.samples))[:count]
-        self.drawn = [int(k) for k in shuffled if self.own_val or self.attempt(
-            lambda sample: not held_out(sample.images), self.samples, int(k))[1]]
+        shuffled = np.random.default_rng([seed, 0]).permutation(len(self.samples)).tolist()
+        self.drawn = list(islice((k for k in shuffled if self.own_val or self.attempt(
+            lambda sample: not held_out(sample.images), self.samples, k)[1]), count))
         if not self.drawn or next(self.heldout(), None) is None:
             raise DataError(f"{root}: too few samples to train on some and hold out others; add "
                             "samples, or a val folder beside train")
@@ -649,6 +651,9 @@ def read_ahead(prepare, numbers, workers):
             yield queue.popleft().result()
 
 
+EMPTY_SHARE = 0.25  # of pairs that stand apart may lack overlap: SPAR asks what views share
+
+
 def describe_pairs(pairs):
     """What posed views look like, in a line to print, and what is odd about them, or None.
 
@@ -668,7 +673,6 @@ def describe_pairs(pairs):
         "the picture?" if odd else None)
 
 
-EMPTY_SHARE = 0.25  # of pairs that stand apart; in SPAR's samples views see common things
 # ------------------------------------------------------- rendered rooms: the inverse of unproject
 
 ROOM_VERSION = 2  # of what render_rooms writes; raise it when that changes: old rooms are redone

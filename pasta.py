@@ -58,7 +58,7 @@ import geometry
 import rewards
 
 DEMO = Path("out/demo")
-MADE_BY = {"out/demo/model": "python pasta.py --grid 4"}  # and what makes it
+MADE_BY = {"out/demo/model": "python pasta.py --grid 4"}  # and what writes it
 MAY_BE_0 = ("seed", "t", "t_rel", "warmup")  # arguments
 
 
@@ -73,8 +73,9 @@ def parse_args(argv=None):
     p.add_argument("--out", default="out/pasta", help="where the aligned model and the log go")
     p.add_argument("--samples", type=int, default=10_000,
                    help="how many multi-image samples to draw (paper: 10,000)")
-    p.add_argument("--max-pixels", type=int, help="budget per image, larger ones are scaled down; "
-                                                  "default: 448 * 448, demo: 112 * 112")
+    p.add_argument("--max-pixels", type=int,  # not in the paper
+                   help="budget per image, larger ones are scaled down; "
+                        "default: 448 * 448, demo: 112 * 112")
     # the objective
     p.add_argument("--grid", type=int, default=4,
                    help="n: patches per side; the paper sweeps 2 to 6")
@@ -120,7 +121,7 @@ def parse_args(argv=None):
         values = {"model": "Qwen/Qwen2.5-VL-3B-Instruct", "batch": 1, "lr": 1e-5,
                   "max_pixels": 448 * 448}
     return settle(p, argv, values | {
-        "demo": demo, "betas": [0.9, 0.999], "warmup": 0, "offload": False})
+        "demo": demo, "betas": [0.9, 0.999], "warmup": 0, "offload": False})  # not in the paper
 
 
 # ------------------------------------------------------------------------------------ the method
@@ -186,8 +187,8 @@ def encode(encoder, pixels, grids, n):
     """Patch features of V images, sizes may differ: pixels (all patches, 1176), grids (V, 3) of
     frames, rows and columns of patches, as the image processor has them -> list of e (P, D)."""
     device, merge = encoder.patch_embed.proj.weight.device, encoder.config.spatial_merge_size
-    # pooler_output is in raster order, and what the language model reads; last_hidden_state is in
-    # the order of the attention windows, which shows only in images larger than one window
+    # not in the paper, which features: pooler_output, what the language model reads, is in raster
+    # order; last_hidden_state in that of attention windows, which shows in larger images only
     tokens = encoder(pixels.to(device), grid_thw=grids.to(device)).pooler_output  # (sum of h w, D)
     sizes = [(h // merge, w // merge) for _, h, w in grids.tolist()]
     maps = tokens.split([h * w for h, w in sizes])
@@ -445,7 +446,8 @@ class Optimizer:
 
     def __init__(self, model, args, dtype, device):
         self.lr, self.warmup, self.clip = args.lr, args.warmup, args.clip
-        self.t = self.good = self.bad = 0  # updates; finite steps at this scale; not finite ones
+        # updates; finite steps in a row; others in a row that a lower scale cannot mend
+        self.t = self.good = self.bad = 0
         self.scale = 2.0**16 if dtype == torch.float16 else 1.0
         self.tensors, home = {}, torch.device("cpu") if args.offload else device
         for name, p in model.named_parameters():  # tensor by tensor: nothing ever exists twice
@@ -500,7 +502,8 @@ class Optimizer:
 
     def load(self, out, state):
         """Continue from what save_checkpoint wrote."""
-        self.t, self.good, self.scale = state["t"], state["good"], state["scale"]
+        self.t, self.good = state["t"], state["good"]
+        self.scale = state["scale"] if min(self.scale, state["scale"]) > 1 else self.scale
         for kind, file in state["files"].items():
             with safe_open(out / file, framework="pt") as tensors:
                 for name, (p, master, adam) in self.tensors.items():
@@ -544,10 +547,12 @@ def settle(p, argv, values):
         p.set_defaults(**state | {"resume": True})
         args = p.parse_args(argv)
         may = {"resume", "out", "steps", "data", "model", "offload", "no_recompute", "workers"}
-        for name in (its for its in state if its not in may and state[its] != getattr(args, its)):
-            p.error(f"--resume: --{name.replace('_', '-')} was {state[name]} and must stay so")
+        for name in sorted(state.keys() - may):
+            if state[name] != getattr(args, name):
+                p.error(f"--resume: --{name.replace('_', '-')} was {state[name]} and must stay so")
     for name, value in vars(args).items():
-        if type(value) in (int, float) and not value >= (name not in MAY_BE_0) * 1e-30:
+        least = 0 if name in MAY_BE_0 else 1e-30
+        if type(value) in (int, float) and not value >= least:  # NaN is out of range as well
             p.error(f"--{name.replace('_', '-')} is out of range: {value}")
     return args
 
@@ -655,7 +660,7 @@ def save_model(model, source, out, optimizer):
     incoming.mkdir()
     for file in source.iterdir():
         if file in weight_files(source):
-            save_file({key: trained.get(plain(key), its).to("cpu", its.dtype)
+            save_file({key: trained.get(plain(key), its).to("cpu", its.dtype, copy=True)
                        for key, its in load_file(file).items()}, incoming / file.name,
                       {"format": "pt"})
         elif file.suffix in (".json", ".txt", ".jinja") and file.name != "checkpoint.json":
@@ -696,11 +701,12 @@ def gather(items):
 def memory_line(weights, trained, tokens, dtype, device, offload=False, host=0):
     """What a run takes, said before it is taken, and what to do if less is there.
 
-    weights: how many compute; trained: how many each trained tensor has, with fp32 master, gradient
-    and two moments. The largest one's update, `tokens` activations and the libraries come on top.
+    weights: how many numbers all weights are; trained: how many each trained tensor is, with fp32
+    master, gradient and two moments. The largest one's update, activations of `tokens` and the
+    libraries come on top.
     """
     state = sum(trained) * (12 if dtype == torch.float32 and not offload else 16)
-    work = dtype.itemsize * (weights + 2 * max(trained)) + tokens * 2**18 + 0.3 * 2**30
+    work = dtype.itemsize * (weights + 2 * max(trained, default=0)) + tokens * 2**18 + 0.3 * 2**30
     need, free = {"host": work + state + host}, {}
     if device.type == "cuda":
         need = {"GPU": work + state * (not offload), "host": state * offload + host + 0.3 * 2**30}
@@ -809,12 +815,12 @@ def main(argv=None):
         for _, pixels, grids, pairs in samples:
             e = encode(encoder, pixels, grids, args.grid)
             pairs = [(x, y, S.to(device)) for x, y, S in pairs]
-            L_CL, above = alignment_loss(e, pairs, count, args)
+            L_CL, its_excess = alignment_loss(e, pairs, count, args)
             optimizer.backward(L_CL)
-            loss, excess = loss + L_CL.item(), excess + above.item()
+            loss, excess = loss + L_CL.item(), excess + its_excess.item()
         loss, excess = sum(gather([loss])), sum(gather([excess]))
         grad_norm = optimizer.reduce()
-        update_norm = optimizer.step(grad_norm if count else math.nan)
+        update_norm = optimizer.step(grad_norm) if count else None
 
         record = {"step": step, "loss": loss, "excess": excess, "grad_norm": grad_norm,
                   "update_norm": update_norm, "pairs_per_s": count / (time.monotonic() - tick)}
@@ -840,7 +846,7 @@ def main(argv=None):
     if rank == 0:
         save_model(model, source, out, optimizer)
         say(f"wrote   {out}: the model with its aligned encoder, log.jsonl, matches.png; "
-            f"{len(walk.skipped)} samples could not be used")
+            f"{len(walk.skipped)} problems with the data, named above")
     if world > 1:
         dist.destroy_process_group()
 

@@ -129,26 +129,26 @@ def action_reward(text, gold_actions, tau_t=1.0, tau_r=30.0):  # not in the pape
     actions = parse_response(text).actions
     if actions is None or not gold_actions:
         return 0.0
-    total = sum(_pose_similarity(actions[pair], gold_plan, tau_t, tau_r)
-                for pair, gold_plan in gold_actions.items() if pair in actions)
-    return total / len(gold_actions)  # not in the paper: the mean over pairs
-
-
-def _pose_similarity(plan, gold_plan, tau_t, tau_r):
     # "Each action list is converted into a relative camera pose (R, t) by composing the rotations
     # and translations specified by the plan."
     with np.errstate(all="ignore"):  # steps of 1e299 metres are finite, their square is not
-        pose, gold = (geometry.pose_from_actions(its) for its in (plan, gold_plan))
-        if not np.isfinite(pose).all():
-            return 0.0
-        d_t, d_r = geometry.pose_error(pose, gold)
-        # "Optionally, degenerate "stop-like" predicted plans are penalized by setting
-        # R_act-acc = 0." Those that go under a tenth of the way and of the turn.
-        done, asked = (np.array(geometry.pose_error(its, np.eye(4))) for its in (pose, gold))
-    least = np.array([0.01, 1.0])  # metres and degrees that are no move: rounding
-    if (done < np.maximum(0.1 * asked, least)).all() and (asked > least).any():  # not in the paper
-        return 0.0
-    return math.exp(-d_t / tau_t) * math.exp(-d_r / tau_r)  # Eq. 10
+        total = sum(float(_similarity(*map(geometry.pose_from_actions, (actions[pair], plan)),
+                                      tau_t, tau_r))
+                    for pair, plan in gold_actions.items() if pair in actions)
+    return total / len(gold_actions)  # not in the paper: the mean over pairs
+
+
+def _similarity(pose, gold, tau_t, tau_r):
+    """Of poses (..., 4, 4), in [0, 1]; 0 where they are not finite."""
+    d_t, d_r = geometry.pose_error(pose, gold)
+    similarity = np.exp(-d_t / tau_t) * np.exp(-d_r / tau_r)  # Eq. 10
+    # "Optionally, degenerate "stop-like" predicted plans are penalized by setting R_act-acc = 0."
+    # Those that go under a tenth of the way and of the turn.                   # not in the paper
+    stops, asks = True, False
+    for done, asked, least in zip(geometry.pose_error(pose, np.eye(4)), geometry.pose_error(
+            gold, np.eye(4)), (0.01, 1.0)):  # metres and degrees up to which it is rounding
+        stops, asks = stops & (done < np.maximum(0.1 * asked, least)), asks | (asked > least)
+    return np.where(stops & asks, 0.0, np.nan_to_num(similarity))
 
 
 # ------------------------------------------------------------------ C.3, answer accuracy reward
@@ -187,7 +187,7 @@ _unknown = set()
 def selection(prediction, gold):
     """ "For multiple-choice questions, we use an exact-match criterion with a permissive
     first-character rule, allowing predictions such as "C. ..." to match the gold answer "C"." """
-    prediction, gold = prediction.lower(), gold.lower()
+    prediction, gold = prediction.lower(), gold.lower()  # case does not count; not in the paper
     return prediction == gold or prediction[0] == gold
 
 
@@ -243,7 +243,7 @@ def camera_motion(prediction, gold):
     if len(p) != 3 or len(g) != 3:
         return 0.0
     d_xy = math.hypot(p[0] - g[0], p[1] - g[1]) / 1000
-    d_depth = abs(p[2] - g[2]) / max(abs(g[2]), 0.1)
+    d_depth = abs(p[2] - g[2]) / max(abs(g[2]), 0.1)  # not in the paper
     score = 0.0
     for weight, error, width in ((0.5, d_xy, 0.1), (0.5, d_depth, 0.25)):  # not in the paper
         score += weight * math.exp(-min(error / width, 1e3) ** 2 / 2)
@@ -365,12 +365,11 @@ def constant_plan(golds):
 
     golds: [{(i, j): plan}, ...]. Knowing it, a model that looks at no image can score this much.
     """
-    best = 0.0, []
-    for plan in (plan for gold in golds for plan in gold.values()):
-        R_act = np.mean([np.mean([_pose_similarity(plan, its, 1.0, 30.0) for its in gold.values()])
-                         for gold in golds if gold])
-        best = max(best, (float(R_act), plan), key=lambda scored: scored[0])
-    return best
+    plans = [plan for gold in golds for plan in gold.values()]
+    poses = np.stack([geometry.pose_from_actions(plan) for plan in plans])
+    share = np.array([1 / len(gold) for gold in golds for _ in gold])  # R_act is a sample's mean
+    R_act = [np.average(_similarity(pose, poses, 1.0, 30.0), weights=share) for pose in poses]
+    return float(max(R_act)), plans[int(np.argmax(R_act))]
 
 
 WEIGHTS = (1.0, 1.0, 1.0)  # Eq. 12
@@ -379,7 +378,7 @@ WEIGHTS = (1.0, 1.0, 1.0)  # Eq. 12
 def total_reward(text, gold, weights=WEIGHTS, tau_t=1.0, tau_r=30.0, block="action"):
     """R and its parts: {"total", "action", "answer", "format"}. gold: Gold.
 
-    With block "think" there are no actions to reward: R_act is 0.
+    With block "think" there are no actions to reward: R_act is 0 (not in the paper).
     """
     R_act = action_reward(text, gold.actions, tau_t, tau_r) if block == "action" else 0.0
     R_ans = answer_reward(parse_response(text).answer, gold.answer, gold.task, gold.kind)

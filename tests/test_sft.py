@@ -221,7 +221,8 @@ def test_held_out_record_by_hand(made, monkeypatch):
                         lambda model, tokenizer, prompts, longest: [next(texts) for _ in prompts])
     record, written = actor_sft.evaluate_responses(model, tokenizer, pairs, batch=1)
     log_p = torch.cat([actor_sft.response_log_probs(model, e) for e in pairs])
-    assert abs(record.pop("heldout_loss") + float(log_p.detach().mean())) < 1e-5 and written[1] == "nonsense"
+    assert abs(record.pop("heldout_loss") + float(log_p.detach().mean())) < 1e-5
+    assert written[1] == "nonsense"
     assert record == {"format": 0.5, "action": 0.5, "action_turns": 1.0, "answer": 0.5}
     blind = actor_sft.constants(pairs)
     assert blind["action_turns_constant"] == 1.0 and 0.5 < blind["action_constant"] < 0.7
