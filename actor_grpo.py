@@ -57,13 +57,12 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoTokenizer, GenerationConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil)
+    AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil)
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
 import geometry
 import rewards
 
-DEMO = Path("out/demo")
 MADE_BY = {"out/cold_start": "python actor_sft.py --target actions"}  # and what writes it
 MAY_BE_0 = ("seed", "warmup", "beta")  # arguments
 END = ["<|im_end|>", "<|endoftext|>"]  # of a turn; of a text, which a base model may write instead
@@ -134,7 +133,7 @@ def parse_args(argv=None):
                    help="threads that prepare samples ahead")
 
     if p.parse_args(argv).data is None:  # the only place where demo and real run differ
-        values = {"data": str(DEMO / "data"), "max_pixels": 112 * 112, "freeze": "vision",
+        values = {"data": "out/demo/data", "max_pixels": 112 * 112, "freeze": "vision",
                   "batch": 8, "lr": 1e-4, "steps": 70, "no_recompute": True}
     else:
         values = {"max_pixels": 448 * 448, "freeze": "nothing", "batch": 4, "lr": 1e-5}
@@ -678,7 +677,6 @@ def load_model(path, headers):
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise geometry.DataError(
             f"{path}: cannot be read as a Qwen2.5-VL ({str(error).splitlines()[0]})") from None
-    model.generation_config = GenerationConfig()  # not the checkpoint's
     embed = model.model.visual.patch_embed  # the matrix product that it is: as a 3-D convolution
     embed.forward = lambda pixels: F.linear(  # by patch it is slow
         pixels.to(embed.proj.weight.dtype), embed.proj.weight.flatten(1))
@@ -737,7 +735,7 @@ def gather(items):
     return [item for its in everyone for item in its]
 
 
-def memory_line(weights, trained, tokens, dtype, device, offload=False, host=0):
+def memory_line(weights, trained, tokens, dtype, device, offload=False):
     """What a run takes, said before it is taken, and what to do if less is there.
 
     weights: how many numbers all weights are; trained: how many each trained tensor is, with fp32
@@ -746,9 +744,9 @@ def memory_line(weights, trained, tokens, dtype, device, offload=False, host=0):
     """
     state = sum(trained) * (12 if dtype == torch.float32 and not offload else 16)
     work = dtype.itemsize * (weights + 2 * max(trained, default=0)) + tokens * 2**18 + 0.3 * 2**30
-    need, free = {"host": work + state + host}, {}
+    need, free = {"host": work + state}, {}
     if device.type == "cuda":
-        need = {"GPU": work + state * (not offload), "host": state * offload + host + 0.3 * 2**30}
+        need = {"GPU": work + state * (not offload), "host": state * offload + 0.3 * 2**30}
         free["GPU"] = torch.cuda.mem_get_info(device)[0]
     if (info := Path("/proc/meminfo")).exists():  # Linux
         free["host"] = 1024 * int(re.search(r"MemAvailable: *(\d+)", info.read_text())[1])
@@ -772,13 +770,11 @@ def write_line(path, record):
 
 
 def print_step(record, steps, left, fields):
-    """One line a step, in place on a terminal, else about 30 in all."""
-    line = f"step {record['step']}/{steps}  " + "  ".join(
-        f"{name} {record[name]:.4g}" for name in fields if name in record)
-    live, keep = sys.stdout.isatty(), record["step"] in (1, steps)
-    if live or keep or record["step"] % max(1, steps // 30) == 0:
-        print(f"{line}  left {timedelta(seconds=int(left))}".ljust(90 * live),
-              end="\n" if keep or not live else "\r", flush=True)
+    """One line a step on a terminal, else about 30 in all."""
+    step = record["step"]
+    if sys.stdout.isatty() or step in (1, steps) or step % max(1, steps // 30) == 0:
+        said = "  ".join(f"{name} {record[name]:.4g}" for name in fields if name in record)
+        print(f"step {step}/{steps}  {said}  left {timedelta(seconds=int(left))}", flush=True)
 
 
 def left_out(step, found, grad_norm, batch, optimizer, say):
@@ -895,7 +891,7 @@ def main(argv=None):
     if rank == 0:
         save_model(model, source, out, optimizer)
         say(f"wrote   {out}: the model, log.jsonl, rollouts.jsonl; {len(walk.skipped)} problems "
-            "with the data, named above")
+            "with the data")
     if world > 1:
         dist.destroy_process_group()
 

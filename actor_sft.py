@@ -56,7 +56,6 @@ from transformers import (
 import geometry
 import rewards
 
-DEMO = Path("out/demo")
 MADE_BY = {"out/pasta": "python pasta.py --grid 4",  # the stages, and what runs them
            "out/sft": "python actor_sft.py --target answer",
            "out/cold_start": "python actor_sft.py --target actions",
@@ -119,7 +118,7 @@ def parse_args(argv=None):
     values = {"model": "out/sft" if actions else "out/pasta",
               "out": "out/sft" if first.target == "answer" else "out/cold_start"}
     if first.data is None:  # the only place where demo and real run differ
-        values |= {"data": str(DEMO / "data"), "samples": 20_000, "max_pixels": 112 * 112,
+        values |= {"data": "out/demo/data", "samples": 20_000, "max_pixels": 112 * 112,
                    "freeze": "vision", "batch": 16, "lr": 4e-4, "warmup": 50, "betas": [0.9, 0.98],
                    "tasks": list(geometry.MULTI_VIEW_TASKS) if actions else ["camera_turn"],
                    "steps": 400 if actions else 300, "no_recompute": True}
@@ -226,11 +225,11 @@ def generate_greedily(model, tokenizer, prompts, longest):
               "mm_token_type_ids": (ids == model.config.image_token_id).int(),
               **{key: torch.cat([images[key] for _, images in prompts])
                  for key in ("pixel_values", "image_grid_thw")}}
-    with torch.no_grad():  # every field is set: unset ones would come from the checkpoint
+    model.generation_config = GenerationConfig()  # not the checkpoint's, which fills unset fields
+    with torch.no_grad():
         written = model.generate(
             **{key: its.to(model.device) for key, its in inputs.items()}, max_new_tokens=longest,
-            do_sample=False, num_beams=1, temperature=1.0, top_k=50, top_p=1.0,
-            repetition_penalty=1.0, eos_token_id=end, pad_token_id=end[0], use_cache=True)
+            do_sample=False, eos_token_id=end, pad_token_id=end[0])
     rows = written[:, L:].tolist()
     return [tokenizer.decode(row[:next((k for k, its in enumerate(row) if its in end), len(row))])
             for row in rows]
@@ -279,9 +278,7 @@ def constants(examples):
 
 
 def heldout_line(record):
-    return "  ".join(f"{name} {record[name]:.3f}" for name in (
-        "heldout_loss", "answer", "format", "action", "action_constant", "action_turns",
-        "action_turns_constant") if name in record)
+    return "  ".join(f"{name} {value:.3f}" for name, value in record.items())
 
 
 # -------------------------------------------------------------------------------------- plumbing
@@ -518,7 +515,6 @@ def load_model(path, headers):
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise geometry.DataError(
             f"{path}: cannot be read as a Qwen2.5-VL ({str(error).splitlines()[0]})") from None
-    model.generation_config = GenerationConfig()  # not the checkpoint's
     embed = model.model.visual.patch_embed  # the matrix product that it is: as a 3-D convolution
     embed.forward = lambda pixels: F.linear(  # by patch it is slow
         pixels.to(embed.proj.weight.dtype), embed.proj.weight.flatten(1))
@@ -577,7 +573,7 @@ def gather(items):
     return [item for its in everyone for item in its]
 
 
-def memory_line(weights, trained, tokens, dtype, device, offload=False, host=0):
+def memory_line(weights, trained, tokens, dtype, device, offload=False):
     """What a run takes, said before it is taken, and what to do if less is there.
 
     weights: how many numbers all weights are; trained: how many each trained tensor is, with fp32
@@ -586,9 +582,9 @@ def memory_line(weights, trained, tokens, dtype, device, offload=False, host=0):
     """
     state = sum(trained) * (12 if dtype == torch.float32 and not offload else 16)
     work = dtype.itemsize * (weights + 2 * max(trained, default=0)) + tokens * 2**18 + 0.3 * 2**30
-    need, free = {"host": work + state + host}, {}
+    need, free = {"host": work + state}, {}
     if device.type == "cuda":
-        need = {"GPU": work + state * (not offload), "host": state * offload + host + 0.3 * 2**30}
+        need = {"GPU": work + state * (not offload), "host": state * offload + 0.3 * 2**30}
         free["GPU"] = torch.cuda.mem_get_info(device)[0]
     if (info := Path("/proc/meminfo")).exists():  # Linux
         free["host"] = 1024 * int(re.search(r"MemAvailable: *(\d+)", info.read_text())[1])
@@ -612,13 +608,11 @@ def write_line(path, record):
 
 
 def print_step(record, steps, left, fields):
-    """One line a step, in place on a terminal, else about 30 in all."""
-    line = f"step {record['step']}/{steps}  " + "  ".join(
-        f"{name} {record[name]:.4g}" for name in fields if name in record)
-    live, keep = sys.stdout.isatty(), record["step"] in (1, steps)
-    if live or keep or record["step"] % max(1, steps // 30) == 0:
-        print(f"{line}  left {timedelta(seconds=int(left))}".ljust(90 * live),
-              end="\n" if keep or not live else "\r", flush=True)
+    """One line a step on a terminal, else about 30 in all."""
+    step = record["step"]
+    if sys.stdout.isatty() or step in (1, steps) or step % max(1, steps // 30) == 0:
+        said = "  ".join(f"{name} {record[name]:.4g}" for name in fields if name in record)
+        print(f"step {step}/{steps}  {said}  left {timedelta(seconds=int(left))}", flush=True)
 
 
 def left_out(step, found, grad_norm, batch, optimizer, say):
@@ -669,14 +663,14 @@ def main(argv=None):
     prepare = partial(make_example, args=args, tokenizer=tokenizer, processor=processor)
     if rank == 0:
         open_log(out / "log.jsonl", args, start)
-        heldout = list(walk.prepared(
+        heldout = walk.prepared(
             partial(prepare, form="answer" if args.target == "answer" else "actions"),
-            list(islice(walk.heldout(), args.heldout)), args.workers))
+            list(islice(walk.heldout(), args.heldout)), args.workers)
         blind = constants(heldout)
         if not state:
-            record = {"step": 0, **evaluate_responses(model, tokenizer, heldout)[0], **blind}
-            write_line(out / "log.jsonl", record)
-            say("start   " + heldout_line(record))
+            progress = evaluate_responses(model, tokenizer, heldout)[0] | blind
+            write_line(out / "log.jsonl", {"step": 0, **progress})
+            say("start   " + heldout_line(progress))
 
     stops, begun = [], time.monotonic()
     for number in (signal.SIGINT, signal.SIGTERM):  # the step is finished, then all is saved
@@ -704,7 +698,7 @@ def main(argv=None):
                 if not stop:
                     progress, texts = evaluate_responses(model, tokenizer, heldout)
                     record |= progress | blind
-                    say(f"step {step}  {heldout_line(record)}")
+                    say(f"step {step}  {heldout_line(progress | blind)}")
             write_line(out / "log.jsonl", record)
             print_step(record, args.steps, (time.monotonic() - begun) / (step - start) * (
                 args.steps - step), ("loss", "grad_norm", "update_norm", "tokens_per_s"))
@@ -717,8 +711,7 @@ def main(argv=None):
         save_model(model, source, out, optimizer)
         for example, text in zip(heldout[:3], texts if start < args.steps else ()):
             say(f"--- {example.id} ({example.gold.task}), answer {example.gold.answer}\n{text}")
-        say(f"wrote   {out}: the model, log.jsonl; {len(walk.skipped)} problems with the data, "
-            "named above")
+        say(f"wrote   {out}: the model, log.jsonl; {len(walk.skipped)} problems with the data")
     if world > 1:
         dist.destroy_process_group()
 

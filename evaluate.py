@@ -103,10 +103,9 @@ def parse_args(argv=None):
     p.add_argument("--show", type=int, default=24, help="questions in report.html, over all tasks")
     args = p.parse_args(argv)
 
-    for name in ("limit", "max_pixels", "max_new_tokens", "batch", "workers", "show"):
-        value, least = getattr(args, name), int(name != "show")
-        if value is not None and value < least:
-            p.error(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
+    for name, value in vars(args).items():
+        if type(value) is int and value < (name != "show"):
+            p.error(f"--{name.replace('_', '-')} is out of range: {value}")
     args.answer = not args.score and bool(not args.curves or args.bench or args.data or args.model)
     if not args.answer:
         args.out = args.out or "out/evaluation"
@@ -332,6 +331,9 @@ PAPER = {  # Tables 1 and 4
 TABLE_1 = {"spar-mv", "mindcube", "mmsi"}
 FORM = ("R_fmt", "R_act", "R_act, turns", "R_act, walks", "constant plan", "constant plan, turns",
         "constant plan, walks")  # further rows, where they can be had
+NOTE = """Percent, in brackets 95 % bootstrap intervals. The paper's columns are from its tables.
+R_fmt: the response has the form asked for; R_act: how close its camera moves are to the true ones;
+constant plan: R_act of the best plan that is written for every pair."""
 
 
 class Run(NamedTuple):
@@ -408,11 +410,13 @@ def score_run(bench, name, mode, records, convention="hatch"):
 
 
 def tables(runs):
-    """[(title, header, lines)]: for each benchmark its runs side by side, then the paper's rows;
-    then Overall of what has a run on each of Table 1's. A line is (label, depth, texts)."""
+    """The tables as text: for each benchmark its runs side by side, then the paper's rows; then
+    Overall of what has a run on each of Table 1's; and what is to be said below them."""
     found, averages = [], {}
     for bench in dict.fromkeys(run.bench for run in runs):
-        those, paper, lines = [run for run in runs if run.bench == bench], PAPER.get(bench, {}), []
+        those, paper = [run for run in runs if run.bench == bench], PAPER.get(bench, {})
+        header = [text for run in those for text in (run.name, "n")]
+        table = [[BENCHES[bench].title, *header, *[*PAPER_NAMES] * bool(paper)]]
         every = {task: [0] for run in those for task in run.scores}
         for label, (depth, *_) in table_rows(bench, every, draws=1).items():  # in their order
             cells = []
@@ -420,28 +424,24 @@ def tables(runs):
                 _, n, *numbers = run.rows.get(label, ("", ""))
                 cells += ["{:.1f} ({:.1f}-{:.1f})".format(*numbers) if numbers else "", f"{n}"]
             cells += [f"{score:.1f}" for score in paper.get(label, ())] or [""] * 2 * bool(paper)
-            lines.append((label, depth, cells))
-        header = [text for run in those for text in (run.name, "n")]
-        found.append((BENCHES[bench].title, header + [*PAPER_NAMES] * bool(paper), lines))
+            table.append(["  " * depth + label, *cells])
+        found.append(table)
     for run in runs:
         averages.setdefault(run.name, {})[run.bench] = run.rows["Avg"][2]
     for name, its in averages.items():
         if TABLE_1 <= its.keys():
             cells = (np.mean([its[bench] for bench in TABLE_1]), *PAPER["overall"]["Overall"])
-            found.append(("Table 1", [name, *PAPER_NAMES], [
-                ("Overall", 0, [f"{cell:.1f}" for cell in cells])]))
-    return found
-
-
-def note(runs):
-    """What is to be said below the tables."""
-    missing = [(run.name, sum(record["response"] is None for record in run.records))
-               for run in runs]
-    return "".join(f"{name}: {count:,} questions without a response count as wrong. "
-                   for name, count in missing if count) + (
-        "Percent, in brackets 95 % bootstrap intervals. The paper's columns are from its tables. "
-        "R_fmt: the response has the form asked for; R_act: how close its camera moves are "
-        "to the true ones; constant plan: R_act of the best plan that is written for every pair.")
+            found.append([["Table 1", name, *PAPER_NAMES],
+                          ["Overall", *(f"{cell:.1f}" for cell in cells)]])
+    lines = []
+    for table in found:
+        first, *others = ([max(map(len, column))] for column in zip(*table))
+        lines += ["   ".join([row[0].ljust(*first), *(
+            cell.rjust(*width) for cell, width in zip(row[1:], others))]) for row in table] + [""]
+    for run in runs:
+        if missing := sum(record["response"] is None for record in run.records):
+            lines.append(f"{run.name}: {missing:,} questions without a response count as wrong.")
+    return printable("\n".join([*lines, NOTE]))
 
 
 # ------------------------------------------------------------------------------------- its data
@@ -496,8 +496,6 @@ def read_item(bench, row, folder):
         raise geometry.DataError("it has no image")
     cells = cells if isinstance(cells, list) else [cells]
     poses = np.array(row["pose"], float).reshape(len(cells), 4, 4) if row.get("pose") else None
-    if poses is not None and not np.isfinite(poses).all():
-        raise geometry.DataError("its pose is not finite")
     return Item(name, task, question, gold, partial(open_images, cells, folder), len(cells), poses)
 
 
@@ -613,23 +611,22 @@ def ask(items, args, tokenizer, processor, k):
 def continue_predictions(path, items, args, source, say):
     """Ids of the answers at `path`, which is started anew if there are none, with --overwrite, or
     when their model has been trained again. DataError for those of another model or questions."""
-    run = {name: getattr(args, name) for name in (
-        "bench", "mode", "blind", "max_pixels", "max_new_tokens", "precision")}
-    run |= {"questions": checksum(items), "weights": geometry.fingerprint(weight_files(source))}
+    head = vars(args) | {"questions": checksum(items), "torch": torch.__version__,
+                         "weights": geometry.fingerprint(weight_files(source))}
     if path.exists() and not args.overwrite:
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a kill can cut the last line
-        said, lines = read_predictions(path, say)
-        then = said.get("run", {})
-        other = [name for name in run if then.get(name) != run[name]]
+        then, lines = read_predictions(path, say)
+        other = [name for name in ("bench", "mode", "blind", "max_pixels", "max_new_tokens",
+                                   "precision", "questions", "weights")
+                 if then.get(name) != head[name]]
         if not other:
             return [name for name, line in lines.items() if "response" in line]
-        if other == ["weights"] and said.get("model") == args.model:
+        if other == ["weights"] and then["model"] == args.model:
             say(f"{args.model} has been trained again since {path} was written: starting over")
         elif lines:
-            raise geometry.DataError(f"{path} holds answers of {said.get('model')} with another "
+            raise geometry.DataError(f"{path} holds answers of {then.get('model')} with another "
                                      f"{', '.join(other)}: name another --out, or --overwrite")
-    path.write_text(json.dumps({"args": vars(args), "run": run, "versions": {
-        "torch": torch.__version__, "transformers": transformers.__version__}}) + "\n")
+    path.write_text(json.dumps({"args": head}) + "\n")
     return []
 
 
@@ -642,16 +639,12 @@ def read_predictions(path, skip):
     """(arguments as the first line has them, {id: line}) of a predictions.jsonl; of the lines with
     an id, the last counts. skip: told of the others."""
     head, lines = {}, {}
-    for number, text in enumerate(read_text(path).split("\n"), 1):
-        try:
-            line = json.loads(text or "null")
-        except (ValueError, RecursionError):
-            line = None
-        if isinstance(line, dict) and type(line.get("id")) in (int, str):
+    for number, line in enumerate(read_rows(Path(path), ()), 1):
+        if type(line.get("id")) in (int, str):
             lines[str(line["id"])] = line
-        elif isinstance(line, dict) and isinstance(line.get("args"), dict) and not lines:
-            head = line["args"] | {"run": line.get("run") if type(line.get("run")) is dict else {}}
-        elif text.strip():
+        elif isinstance(line.get("args"), dict) and not lines:
+            head = line["args"]
+        else:
             skip(f'{path}, line {number}: not JSON with an "id"')
     return head, lines
 
@@ -667,7 +660,7 @@ def read_run(path, args, skip, known):
     if bench not in tuple(BENCHES) or not isinstance(data, str):
         raise geometry.DataError(f"{path}: does not say which benchmark's: add --bench and --data")
     items = known[bench, data] = known.get((bench, data)) or load_items(bench, data, skip)
-    if said.get("run") and said["run"].get("questions") != checksum(items):
+    if said.get("questions", checksum(items)) != checksum(items):
         raise geometry.DataError(f"{path}: was asked other questions than {data} holds now: name "
                                  "the right ones with --data")
     for name in lines.keys() - {item.id for item in items}:
@@ -704,14 +697,10 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#0
 def read_curve(path):
     """(name, stage, {field: [(step, value)]}) of a log.jsonl."""
     fields = {}
-    for line in read_text(path).split("\n"):
-        try:
-            record = json.loads(line)
-            for name, value in record.items():
-                if type(value) in (int, float) and math.isfinite(value):
-                    fields.setdefault(name, []).append((int(record["step"]), value))
-        except (ValueError, TypeError, KeyError, AttributeError):
-            continue  # its head; blank; being written
+    for record in read_rows(Path(path), ()):
+        for name, value in record.items() if "step" in record else ():  # not its head
+            if type(value) in (int, float) and math.isfinite(value):
+                fields.setdefault(name, []).append((record["step"], value))
     stage = "grpo" if "kl" in fields else "pasta" if "excess" in fields else "sft"
     return Path(path).parent.name or str(path), stage, fields
 
@@ -735,25 +724,21 @@ def panel(title, lines):
     left, right, top, bottom, means = 60, 620, 36, 300, []
     for _, _, values in lines:
         half = len(values) // 40  # a mean runs over a twentieth of its curve
-        window = np.full(2 * half + 1, 1 / (2 * half + 1))
-        means.append(np.convolve(np.pad(values, half, "edge"), window, "valid"))
+        padded = np.pad(values, half, "edge")
+        means.append(np.convolve(padded, np.ones(2 * half + 1) / (2 * half + 1), "valid"))
     low, high = min(map(np.min, means)), max(map(np.max, means))
-    high = max(high, low + 0.01 * abs(low) + 1e-6)
-    unit = next(m * 10.0**e for e in range(-7, 300) for m in (1, 2, 5)
-                if high - low <= 5 * m * 10.0**e)
-    ticks = unit * np.arange(math.floor(low / unit), math.ceil(high / unit) + 1)
+    y = low, max(high, low + 0.01 * abs(low) + 1e-6)
     x = min(steps[0] for _, steps, _ in lines), max(steps[-1] for _, steps, _ in lines)
     parts = f'<text x="{left}" y="20">{title}</text>'
-    for tick, y in zip(ticks, np.linspace(bottom, top, len(ticks))):
-        parts += (f'<path d="M{left} {y:.0f}H{right}" stroke="#ddd"/><text x="{left - 8}" '
-                  f'y="{y + 5:.0f}" text-anchor="end">{tick:.6g}</text>')
+    for tick, at in zip(np.linspace(*y, 5), np.linspace(bottom, top, 5)):
+        parts += (f'<path d="M{left} {at:.0f}H{right}" stroke="#ddd"/><text x="{left - 8}" '
+                  f'y="{at + 5:.0f}" text-anchor="end">{tick:.3g}</text>')
     legend = f"step {x[0]:g} to {x[1]:g}"
     for k, ((name, steps, values), mean) in enumerate(zip(lines, means)):
         colour = COLOURS[k % len(COLOURS)]
         for its, look in ((values, 'opacity=".3"'), (mean, 'stroke-width="2.5"')):
-            points = " ".join(f"{at:.1f},{y:.1f}" for at, y in zip(
-                np.interp(steps, x, (left, right)),
-                np.interp(its, (ticks[0], ticks[-1]), (bottom, top))))
+            points = " ".join(f"{u:.1f},{v:.1f}" for u, v in zip(
+                np.interp(steps, x, (left, right)), np.interp(its, y, (bottom, top))))
             parts += f'<polyline points="{points}" fill="none" stroke="{colour}" {look}/>'
         legend += f' <tspan fill="{colour}" font-weight="bold">{shown(name)}</tspan>'
     return f'{parts}<text x="{left}" y="330">{legend}</text>'
@@ -765,39 +750,27 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>HATCH: evaluation</title><style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: auto; padding: 1rem }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem }
-th, td { text-align: right; padding: .15rem .7rem } th { border-bottom: 2px solid #57606a }
-th:first-child, td:first-child { text-align: left } .group td { border-top: 1px solid #d0d7de }
-.group td { font-weight: 600 } .task td:first-child { padding-left: 1.8rem }
-article { border: 1px solid #d0d7de; border-radius: .5rem; padding: .8rem; margin: 1rem 0 }
-article, pre { overflow-wrap: anywhere } .note, figcaption { color: #57606a; font-size: .85rem }
-.views { display: flex; flex-wrap: wrap; gap: .5rem } figure { margin: 0 } img { width: 12rem }
-figure svg { background: #f6f8fa; width: 12rem }
-pre { white-space: pre-wrap; background: #f6f8fa; max-height: 14rem; overflow-y: auto }
-.score { padding: .05rem .5rem; border-radius: 1rem; color: #fff }
+pre { overflow: auto; background: #f6f8fa; padding: .5rem; font-size: .9rem }
+article { border-top: 1px solid #57606a; margin: 1rem 0; overflow-wrap: anywhere }
+article pre { white-space: pre-wrap; max-height: 14rem }
+.views { display: flex; flex-wrap: wrap; gap: .5rem } figure { margin: 0 }
+figcaption { font-size: .85rem } img, figure svg { width: 12rem; background: #f6f8fa }
 </style><h1>HATCH: evaluation</h1>"""
 GOLD, WRITTEN = "#1a7f37", "#d55e00"
 
 
 def write_page(path, runs, curves, show):
     """One self-contained page: tables, curves, and `show` questions, drawn evenly over tasks."""
-    parts, rng, place, queue = [PAGE], np.random.default_rng(0), Counter(), []
-    for title, header, lines in tables(runs):
-        head = "".join(f"<th>{shown(cell)}</th>" for cell in (title, *header))
-        parts.append(f'<div class="wide"><table><tr>{head}</tr>')
-        for label, depth, cells in lines:
-            row = "".join(f"<td>{shown(cell)}</td>" for cell in (label, *cells))
-            parts.append(f'<tr class="{"task" if depth else "group"}">{row}</tr>')
-        parts.append("</table></div>")
+    rng, place, queue, text = np.random.default_rng(0), Counter(), [], tables(runs)
     for run in runs:
         for k in rng.permutation(len(run.records)):
             of = run.bench, run.name, run.records[k]["item"].task
             place[of] += 1  # of a question within its task
             queue.append((place[of], run.name, run.records[k]))
-    parts.append(f'<p class="note">{shown(note(runs))}</p>{curves}<p class="note">'
-                 f"{min(show, len(queue)):,} of {len(queue):,} questions, drawn evenly over tasks. "
-                 f'Camera paths are seen from above, ahead is up: <b style="color:{GOLD}">true</b>,'
-                 f' <b style="color:{WRITTEN}">written</b>.</p>')
+    parts = [PAGE, f'<pre class="tables">{shown(text, len(text))}</pre>', curves,
+             f"<p>{min(show, len(queue)):,} of {len(queue):,} questions, drawn evenly over tasks. "
+             f'Camera paths are seen from above, ahead is up: <b style="color:{GOLD}">true</b>, '
+             f'<b style="color:{WRITTEN}">written</b>.</p>']
     parts += [article(*its) for _, *its in sorted(queue, key=itemgetter(0))[:show]]
     path.write_text("\n".join(parts) + "</html>\n", encoding="utf-8")
 
@@ -825,11 +798,9 @@ def article(name, record):
         written = rewards.parse_response(response).actions or {}
         figures += [from_above(pair, plan, written.get(pair))
                     for pair, plan in rewards.gold_plans(item.poses).items()]
-    badges = " ".join(
-        f'<b class="score" style="background:hsl({120 * record[part]:.0f} 60% 32%)">{part} '
-        f"{record[part]:.2f}</b>" for part in ("score", "R_act", "R_fmt") if part in record)
-    return (f'<article>{badges} <b>{shown(item.task)}</b> '
-            f'<span class="note">{shown(f"{item.id}, {name}")}</span>'
+    scores = ", ".join(f"{part} {record[part]:.2f}" for part in ("score", "R_act", "R_fmt")
+                       if part in record)
+    return (f'<article><b>{shown(item.task)}, {scores}</b> {shown(f"{item.id}, {name}")}'
             f'<div class="views">{"".join(figures)}</div><p>{shown(item.question)}</p>'
             f'<p>true <b>{shown(item.gold)}</b>, written <b>{shown(record["answer"], 200)}</b></p>'
             f"<pre>{shown(response)}</pre></article>")
@@ -895,11 +866,11 @@ def generate_greedily(model, tokenizer, prompts, longest):
               "mm_token_type_ids": (ids == model.config.image_token_id).int(),
               **{key: torch.cat([images[key] for _, images in prompts])
                  for key in ("pixel_values", "image_grid_thw")}}
-    with torch.no_grad():  # every field is set: unset ones would come from the checkpoint
+    model.generation_config = GenerationConfig()  # not the checkpoint's, which fills unset fields
+    with torch.no_grad():
         written = model.generate(
             **{key: its.to(model.device) for key, its in inputs.items()}, max_new_tokens=longest,
-            do_sample=False, num_beams=1, temperature=1.0, top_k=50, top_p=1.0,
-            repetition_penalty=1.0, eos_token_id=end, pad_token_id=end[0], use_cache=True)
+            do_sample=False, eos_token_id=end, pad_token_id=end[0])
     rows = written[:, L:].tolist()
     return [tokenizer.decode(row[:next((k for k, its in enumerate(row) if its in end), len(row))])
             for row in rows]
@@ -962,7 +933,6 @@ def load_model(path, headers):
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise geometry.DataError(
             f"{path}: cannot be read as a Qwen2.5-VL ({str(error).splitlines()[0]})") from None
-    model.generation_config = GenerationConfig()  # not the checkpoint's
     embed = model.model.visual.patch_embed  # the matrix product that it is: as a 3-D convolution
     embed.forward = lambda pixels: F.linear(  # by patch it is slow
         pixels.to(embed.proj.weight.dtype), embed.proj.weight.flatten(1))
@@ -1006,18 +976,6 @@ class Skipped(list):
             print(f"skipped {printable(message)}", flush=True)
 
 
-def print_tables(runs):
-    for title, header, lines in tables(runs):
-        texts = [[title, *header]] + [["  " * depth + label, *cells]
-                                      for label, depth, cells in lines]
-        widths = [max(len(text[k]) for text in texts) for k in range(len(texts[0]))]
-        print()
-        for first, *others in texts:
-            print(printable("   ".join([first.ljust(widths[0]), *(
-                text.rjust(w) for text, w in zip(others, widths[1:]))])))
-    print("", printable(note(runs)), sep="\n", flush=True)
-
-
 def printable(text):
     """A text with control characters, lone surrogates and the like replaced."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}"
@@ -1052,7 +1010,7 @@ def main(argv=None):
             {"bench": run.bench, "name": run.name, "rows": run.rows} for run in runs]},
         indent=1) + "\n")
     write_page(out / "report.html", runs, curves, args.show)
-    print_tables(runs)  # after the files are there
+    print("", tables(runs), sep="\n", flush=True)  # after the files are there
     say(f"wrote   {out}: {'' if args.score else 'predictions.jsonl, '}results.json, report.html; "
         f"{len(skipped):,} rows or pictures could not be used")
 

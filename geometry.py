@@ -246,7 +246,7 @@ def pose_from_actions(actions):
 
 def pose_error(pose_a, pose_b):
     """Translation error in metres and rotation error in degrees between poses (..., 4, 4)."""
-    d_t = np.linalg.norm(pose_a[..., :3, 3] - pose_b[..., :3, 3], axis=-1)
+    d_t = np.hypot.reduce(pose_a[..., :3, 3] - pose_b[..., :3, 3], axis=-1)
     # chord = 2 sqrt(2) sin(angle / 2) keeps its precision at small angles, where the arc cosine of
     # the trace loses half of it
     chord = np.linalg.norm(pose_a[..., :3, :3] - pose_b[..., :3, :3], axis=(-2, -1))
@@ -384,18 +384,16 @@ class Samples(Sequence):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[k] for k in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        index %= len(self)
-        path = self.files[int(np.searchsorted(self.ends, index, side="right"))]
+        offset = int(self.offset[index])  # IndexError behind the last one
+        path = self.files[np.searchsorted(self.ends, index % len(self), side="right")]
         with open(path, "rb") as file:
-            file.seek(self.offset[index])
+            file.seek(offset)
             line = file.readline()
         try:
             return _parse_record(line, self.root, path)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             with open(path, "rb") as file:
-                number = file.read(int(self.offset[index])).count(b"\n") + 1
+                number = file.read(offset).count(b"\n") + 1
             raise DataError(f"{path}, line {number}: not a SPAR record "
                             f"({type(error).__name__}: {error})") from None
 
@@ -403,16 +401,15 @@ class Samples(Sequence):
 def _parse_record(line, root, path):
     """One line of annotations -> Sample; ValueError, KeyError, ... if it is none."""
     record, (source, *_, task, kind, _) = json.loads(line), path.relative_to(root).parts
-    said = {"human": [], "gpt": []}
-    for turn in record["conversations"]:
-        if turn["from"] != "system":
-            who = {"user": "human", "assistant": "gpt"}.get(turn["from"], turn["from"])
-            said[who].append(turn["value"].strip())
-    if [len(texts) for texts in said.values()] != [1, 1]:
+    names = {"user": "human", "assistant": "gpt"}
+    turns = sorted((names.get(turn["from"], turn["from"]), turn["value"].strip())
+                   for turn in record["conversations"] if turn["from"] != "system")
+    if [who for who, _ in turns] != ["gpt", "human"]:
         raise ValueError("conversations must be one question (human) and one answer (gpt)")
-    (question,), (answer,) = said.values()
+    (_, answer), (_, question) = turns
     images = [record["image"]] if isinstance(record["image"], str) else list(record["image"])
-    depths = record.get("depth") or [_depth_name(name) for name in images]
+    depths = record.get("depth") or [
+        re.sub(r"(image|video)_color/(.*)\.\w+", r"\1_depth/\2.png", name) for name in images]
     depths = [depths] if isinstance(depths, str) else list(depths)
     least = 2 if task in MULTI_VIEW_TASKS else 1
     if len(depths) != len(images) or len(images) < least:
@@ -448,16 +445,11 @@ def load_samples(root, split="train", tasks=None, kinds=("select", "fill")):
     return samples
 
 
-def _line_offsets(path, block=1 << 24):
-    """Byte offset of each line of a file that is not blank, (lines,) int64; streams the file."""
-    starts, position = [np.zeros(1, np.int64)], 0
+def _line_offsets(path):
+    """Byte offset of each line of a file that is not blank, (lines,) int64."""
     with open(path, "rb") as file:
-        while chunk := file.read(block):
-            starts.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + position + 1)
-            position += len(chunk)
-    starts = np.concatenate(starts)
-    lengths = np.diff(starts, append=position)
-    return starts[lengths > 2]  # "{}" and a line end is the shortest record; the rest is blank
+        lengths = np.array([len(line) for line in file], np.int64)
+    return (np.cumsum(lengths) - lengths)[lengths > 2]  # "{}" and a line end is the shortest record
 
 
 def fingerprint(files):
@@ -469,12 +461,6 @@ def fingerprint(files):
             while chunk := file.read(1 << 24):
                 total = zlib.crc32(chunk, total)
     return f"{total:08x}"
-
-
-def _depth_name(image_name):
-    folder = str(image_name).replace("image_color", "image_depth")
-    folder = folder.replace("video_color", "video_depth")
-    return str(Path(folder).with_suffix(".png"))
 
 
 def open_image(file, name=None):
@@ -628,15 +614,11 @@ class Walk:
                 yield sample
 
     def prepared(self, prepare, samples, workers):
-        """Yield prepare(sample) of each of `samples` that can be used, read ahead."""
-        found = 0
-        for _, its in read_ahead(partial(self.attempt, prepare, samples), range(len(samples)),
-                                 workers):
-            if its is not None:
-                found += 1
-                yield its
-        if not found:
+        """[prepare(sample)] of those of `samples` that can be used, read ahead."""
+        ready = read_ahead(partial(self.attempt, prepare, samples), range(len(samples)), workers)
+        if not (found := [its for _, its in ready if its is not None]):
             raise DataError(f"none of {len(samples)} held-out samples can be used")
+        return found
 
 
 def read_ahead(prepare, numbers, workers):
@@ -952,13 +934,11 @@ def _write_benchmark(folder, samples, most=700):
 
 def progress(items, total, label):
     """Yield items, showing a bar with time left: in place on a terminal, else a line a quarter."""
-    start, shown, live = time.monotonic(), 0.0, sys.stdout.isatty()
+    start, live = time.monotonic(), sys.stdout.isatty()
     for done, item in enumerate(items, 1):
         yield item
-        passed = time.monotonic() - start
-        due = passed - shown > 0.2 if live else 4 * done // total > 4 * (done - 1) // total
-        if due or done == total:
-            shown = passed
+        if live or 4 * done // total > 4 * (done - 1) // total:
+            passed = time.monotonic() - start
             print(f"{label} [{'#' * (24 * done // total):24}] {done}/{total}  {passed:.0f} s, "
                   f"{passed * (total - done) / done:.0f} s left",
                   end="\r" if live and done < total else "\n", flush=True)

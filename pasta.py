@@ -51,13 +51,11 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoTokenizer, GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLImageProcessorPil)
+    AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil)
 
 import geometry
 import rewards
 
-DEMO = Path("out/demo")
 MADE_BY = {"out/demo/model": "python pasta.py --grid 4"}  # and what writes it
 MAY_BE_0 = ("seed", "t", "t_rel", "warmup")  # arguments
 
@@ -115,7 +113,7 @@ def parse_args(argv=None):
 
     demo = p.parse_args(argv).data is None
     if demo:  # the only place where demo and real run differ
-        values = {"model": str(DEMO / "model"), "data": str(DEMO / "data"), "batch": 4, "lr": 1e-3,
+        values = {"model": "out/demo/model", "data": "out/demo/data", "batch": 4, "lr": 1e-3,
                   "steps": 1000, "max_pixels": 112 * 112, "no_recompute": True}
     else:
         values = {"model": "Qwen/Qwen2.5-VL-3B-Instruct", "batch": 1, "lr": 1e-5,
@@ -275,45 +273,34 @@ def draw_matches(path, heldout, before, after, n):
     Lines join the up to 12 patches of the first view that are surest of their match (and have a
     true one) to their match in the second view: green if that patch overlaps most, red if not.
     """
-    rows = [[match_panel(title, views, its, n) for title, its in (("before", b), ("after", a))]
+    rows = [np.hstack([match_panel("before", views, b, n), match_panel("after", views, a, n)])
             for (views, *_), b, a in zip(heldout, before, after)]
-    width, height = max(panel.width for row in rows for panel in row), rows[0][0].height
-    page = Image.new("RGB", (2 * width + 42, len(rows) * (height + 14) + 14), "white")
-    for r, row in enumerate(rows):
-        for c, panel in enumerate(row):
-            page.paste(panel, (14 + c * (width + 14), 14 + r * (height + 14)))
-    page.save(path.with_suffix(".tmp"), format="PNG")
-    os.replace(path.with_suffix(".tmp"), path)
+    Image.fromarray(np.vstack(rows)).save(path)
 
 
-def match_panel(title, views, matched, n, height=260, head=24):
-    """Two views side by side with their cells, and lines between the surest matches."""
+def match_panel(title, views, matched, n, side=260, head=24, gap=7):
+    """Two views side by side, made square, with their cells and lines between surest matches."""
     guess, similarity, gold, overlaps = matched
-    images = [Image.fromarray(view.image) for view in views]
-    images = [its.resize((round(its.width * height / its.height), height)) for its in images]
-    left = (0, images[0].width + 6)
-    panel = Image.new("RGB", (left[1] + images[1].width, head + height), "white")
-    draw = ImageDraw.Draw(panel)
-    for image, x in zip(images, left):
-        panel.paste(image, (x, head))
-        for k in range(1, n):
-            u, v = x + k * image.width // n, head + k * height // n
-            draw.line([u, head, u, head + height], fill=(190, 190, 190))
-            draw.line([x, v, x + image.width, v], fill=(190, 190, 190))
+    panel = Image.new("RGB", (2 * (side + 2 * gap), side + head + gap), "white")
+    draw, lefts = ImageDraw.Draw(panel), (gap, side + 2 * gap)
+    for view, left in zip(views, lefts):
+        panel.paste(Image.fromarray(view.image).resize((side, side)), (left, head))
+        for at in (k * side // n for k in range(1, n)):
+            draw.line([left + at, head, left + at, head + side], fill=(190, 190, 190))
+            draw.line([left, head + at, left + side, head + at], fill=(190, 190, 190))
     surest = similarity.masked_fill(~overlaps, -2.0).argsort(descending=True)[
         :min(12, int(overlaps.sum()))]
     for i in surest.tolist():
         apart = ((i % n + 0.5) / n - 0.5) * 0.5  # or lines along a row would hide each other
-        ends = [(x + (cell % n + 0.5) * image.width / n,
-                 head + (cell // n + 0.5 + apart) * height / n)
-                for cell, image, x in zip((i, int(guess[i])), images, left)]
+        ends = [(left + (cell % n + 0.5) * side / n, head + (cell // n + 0.5 + apart) * side / n)
+                for cell, left in zip((i, int(guess[i])), lefts)]
         colour = (20, 170, 60) if guess[i] == gold[i] else (220, 40, 40)
         draw.line(ends, fill="white", width=5)
         draw.line(ends, fill=colour, width=3)
         for u, v in ends:
             draw.ellipse([u - 5, v - 5, u + 5, v + 5], fill=colour, outline="white")
     right = int((guess == gold)[surest].sum())
-    draw.text((2, 2), f"{title}: {right} of the {len(surest)} surest matches are right",
+    draw.text((gap, 2), f"{title}: {right} of the {len(surest)} surest matches are right",
               fill="black", font=ImageFont.load_default(15))
     return panel
 
@@ -639,7 +626,6 @@ def load_model(path, headers):
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise geometry.DataError(
             f"{path}: cannot be read as a Qwen2.5-VL ({str(error).splitlines()[0]})") from None
-    model.generation_config = GenerationConfig()  # not the checkpoint's
     embed = model.model.visual.patch_embed  # the matrix product that it is: as a 3-D convolution
     embed.forward = lambda pixels: F.linear(  # by patch it is slow
         pixels.to(embed.proj.weight.dtype), embed.proj.weight.flatten(1))
@@ -698,7 +684,7 @@ def gather(items):
     return [item for its in everyone for item in its]
 
 
-def memory_line(weights, trained, tokens, dtype, device, offload=False, host=0):
+def memory_line(weights, trained, tokens, dtype, device, offload=False):
     """What a run takes, said before it is taken, and what to do if less is there.
 
     weights: how many numbers all weights are; trained: how many each trained tensor is, with fp32
@@ -707,9 +693,9 @@ def memory_line(weights, trained, tokens, dtype, device, offload=False, host=0):
     """
     state = sum(trained) * (12 if dtype == torch.float32 and not offload else 16)
     work = dtype.itemsize * (weights + 2 * max(trained, default=0)) + tokens * 2**18 + 0.3 * 2**30
-    need, free = {"host": work + state + host}, {}
+    need, free = {"host": work + state}, {}
     if device.type == "cuda":
-        need = {"GPU": work + state * (not offload), "host": state * offload + host + 0.3 * 2**30}
+        need = {"GPU": work + state * (not offload), "host": state * offload + 0.3 * 2**30}
         free["GPU"] = torch.cuda.mem_get_info(device)[0]
     if (info := Path("/proc/meminfo")).exists():  # Linux
         free["host"] = 1024 * int(re.search(r"MemAvailable: *(\d+)", info.read_text())[1])
@@ -733,13 +719,11 @@ def write_line(path, record):
 
 
 def print_step(record, steps, left, fields):
-    """One line a step, in place on a terminal, else about 30 in all."""
-    line = f"step {record['step']}/{steps}  " + "  ".join(
-        f"{name} {record[name]:.4g}" for name in fields if name in record)
-    live, keep = sys.stdout.isatty(), record["step"] in (1, steps)
-    if live or keep or record["step"] % max(1, steps // 30) == 0:
-        print(f"{line}  left {timedelta(seconds=int(left))}".ljust(90 * live),
-              end="\n" if keep or not live else "\r", flush=True)
+    """One line a step on a terminal, else about 30 in all."""
+    step = record["step"]
+    if sys.stdout.isatty() or step in (1, steps) or step % max(1, steps // 30) == 0:
+        said = "  ".join(f"{name} {record[name]:.4g}" for name in fields if name in record)
+        print(f"step {step}/{steps}  {said}  left {timedelta(seconds=int(left))}", flush=True)
 
 
 def left_out(step, found, grad_norm, batch, optimizer, say):
@@ -762,7 +746,7 @@ def main(argv=None):
             "  python pasta.py --grid 4 --model Qwen/Qwen2.5-VL-3B-Instruct --data /path/to/spar")
         if rank == 0:
             geometry.render_rooms(args.data, seed=args.seed)
-            make_demo_model(DEMO / "model", args.data, args.seed)
+            make_demo_model(Path("out/demo/model"), args.data, args.seed)
         gather([])  # the others read what the first process wrote
     out, (source, headers) = Path(args.out), find_model(args.model)
 
@@ -776,8 +760,7 @@ def main(argv=None):
         f"{args.batch} a step over {world} process(es); {args.steps - start:,} steps")
 
     # the model; its image encoder in the working dtype, with fp32 masters
-    vision = [numbers for name, (numbers, _) in headers.items()
-              if name.startswith("visual.")]
+    vision = [its for name, (its, _) in headers.items() if name.startswith("visual.")]
     say(f"model   {args.model}: the image encoder trains, {sum(vision):,} parameters, {dtype} on "
         f"{device}")
     say(memory_line(sum(vision), vision, 12 * args.max_pixels // 784, dtype, device))
@@ -792,7 +775,7 @@ def main(argv=None):
         size={"shortest_edge": 56 * 56, "longest_edge": args.max_pixels}))
     if rank == 0:  # the encoder as it starts, also when resuming: for `drift` and "before"
         open_log(out / "log.jsonl", args, start)
-        heldout = list(walk.prepared(ready, heldout_pairs(walk, args.heldout), args.workers))
+        heldout = walk.prepared(ready, heldout_pairs(walk, args.heldout), args.workers)
         line, odd = geometry.describe_pairs([(*views, pairs[0][2].numpy())
                                              for views, _, _, pairs in heldout])
         say(f"views   {line}" + (f"\nwarning: {odd}" if odd else ""))
@@ -846,7 +829,7 @@ def main(argv=None):
     if rank == 0:
         save_model(model, source, out, optimizer)
         say(f"wrote   {out}: the model with its aligned encoder, log.jsonl, matches.png; "
-            f"{len(walk.skipped)} problems with the data, named above")
+            f"{len(walk.skipped)} problems with the data")
     if world > 1:
         dist.destroy_process_group()
 

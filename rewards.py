@@ -91,7 +91,7 @@ def _parse_actions(block):
     if block is None or len(block) > LONGEST_PLAN:
         return None
     try:
-        items = json.loads(block, object_pairs_hook=_no_repeated_key, parse_constant=_no_constant)
+        items = json.loads(block, object_pairs_hook=_no_repeated_key)
         actions = {}
         for item in items:
             i, j, plan = item["from"], item["to"], item["action"]
@@ -110,10 +110,6 @@ def _no_repeated_key(pairs):
     if len(dict(pairs)) != len(pairs):
         raise ValueError("a repeated key")
     return dict(pairs)
-
-
-def _no_constant(name):
-    raise ValueError(f"{name} is not JSON")
 
 
 # ------------------------------------------------------------------ C.2, action accuracy reward
@@ -173,15 +169,11 @@ def answer_reward(prediction, gold, task, kind):
         (its for name, its in METRICS.items() if task.startswith(name)), None)
     if metric is None:
         metric = numeric if len(_numbers(gold)) == 1 else exact
-        if (task, kind) not in _unknown:
-            _unknown.add((task, kind))
-            warnings.warn(f"appendix C.3 has no metric for {task} ({kind}): "
-                          f"{metric.__name__} is used")
+        warnings.warn(f"appendix C.3 has no metric for {task} ({kind}): {metric.__name__} is used")
     return float(metric(prediction, gold))
 
 
 LONGEST_ANSWER = 1000  # characters; the longest gold (view_change_infer) has 80  # not in the paper
-_unknown = set()
 
 
 def selection(prediction, gold):
@@ -315,11 +307,9 @@ def format_reward(text, views, block="action"):
     # "R_format = 1 if and only if all of the following conditions are satisfied:
     # The output contains properly closed <action> and <answer> blocks." Once each, in this order,
     # with something in them, and only white space around them.      # not in the paper: strictness
-    if response.answer is None or _block(text, block) is None:
-        return 0.0
-    whole, (_, _, after) = text.strip(), text.partition(f"</{block}>")
-    if not (whole.startswith(f"<{block}>") and after.lstrip().startswith("<answer>")
-            and whole.endswith("</answer>")):
+    layout = rf"\s*<{block}>.*</{block}>\s*<answer>.*</answer>\s*"
+    if response.answer is None or _block(text, block) is None or (
+            not re.fullmatch(layout, text, re.DOTALL)):
         return 0.0
     if block != "action":
         return 1.0

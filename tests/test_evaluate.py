@@ -461,7 +461,6 @@ def test_curves_of_several_runs(root, tmp_path):
              for line in first.iter("{http://www.w3.org/2000/svg}polyline")]
     assert [len(line) for line in lines] == [100] * 6  # three runs, each thin and thick
     ticks = [(float(tick.text), float(tick.get("y")) - 5) for tick in ticks]
-    assert [tick for tick, _ in ticks] == [0.1, 0.2, 0.3, 0.4]
     y_of = np.polyfit(*zip(*ticks), 1)  # the axis is the one that the curve is drawn on
     assert lines[1][50, 1] == pytest.approx(np.polyval(y_of, 0.3 + 51 / 1000), abs=1.5)
     assert (np.diff(lines[1][:, 0]) > 0).all() and (np.diff(lines[1][:, 1]) <= 0).all()
@@ -476,7 +475,8 @@ def test_curves_of_several_runs(root, tmp_path):
     ("one image a question", "--bench cvbench --data . --mode action"),
     ("none.jsonl", "--score none.jsonl"), ("add --bench and --data", "--score empty.jsonl"),
     ("no usable question of MMSI-Bench; --data takes a copy of", "--bench mmsi --data MODEL"),
-    ("--limit must be 1", "--limit 0"), ("neither .parquet nor", "--bench mmsi --data notes.txt"),
+    ("--limit is out of range: 0", "--limit 0"),
+    ("neither .parquet nor", "--bench mmsi --data notes.txt"),
     ("cannot be read as parquet", "--bench mmsi --data bad.parquet")])
 def test_bad_input_is_one_line(said, given, root, tiny_model, tmp_path):
     for name in ("empty.jsonl", "notes.txt", "bad.parquet"):

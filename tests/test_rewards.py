@@ -210,6 +210,7 @@ def test_every_fill_task_of_spar_has_a_metric():
             found = [its for begin, its in rewards.METRICS.items() if task.startswith(begin)]
             assert found == [metric]
     with pytest.warns(UserWarning, match=r"no metric for newer \(fill\): numeric is") as caught:
+        warnings.simplefilter("default")
         assert [rewards.answer_reward("2", "2", "newer", "fill") for _ in range(3)] == [1.0] * 3
         assert rewards.answer_reward("B.", "B", "newer", "select") == 1.0
     assert len(caught) == 1

@@ -346,7 +346,7 @@ def test_hostile_data(trainer, tmp_path):
            "b: its answer cannot be encoded"][:reads]
     assert [done.stdout.count(f"skipped {its}") for its in bad] == [1] * len(bad), done.stdout
     assert done.stdout.count("skipped ") == len(bad)
-    assert f"{len(bad)} samples could not be used" in done.stdout
+    assert f"{len(bad)} problems with the data" in done.stdout
     left_out = [line["skipped"] for line in records(tmp_path / "out") if "skipped" in line]
     assert len(left_out) == 3 + len(bad) and all("no usable sample (" in its for its in left_out)
 
@@ -409,7 +409,7 @@ def test_the_script_on_a_console_of_ascii(trainer, scenes, tmp_path, monkeypatch
 
 def test_real_frames(trainer, shared, tmp_path):
     done = trainer.run(tmp_path, *trainer.flags, "--data", shared / "spar", "--steps", 1)
-    assert done.returncode == 0 and "0 samples could not be used" in done.stdout, done.stdout
+    assert done.returncode == 0 and "0 problems with the data" in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize("device, dtype, trained, offload, needs", [
