@@ -535,9 +535,10 @@ def save_model(model, source, out, optimizer):
     incoming.mkdir()
     for file in source.iterdir():
         if file in weight_files(source):
-            save_file({key: trained.get(plain(key), its).to("cpu", its.dtype, copy=True)
-                       for key, its in load_file(file).items()}, incoming / file.name,
-                      {"format": "pt"})
+            tensors = {key: trained[name].to("cpu", its.dtype, copy=True)
+                       if (name := plain(key)) in trained else its
+                       for key, its in load_file(file).items()}
+            save_file(tensors, incoming / file.name, {"format": "pt"})
         elif file.suffix in (".json", ".txt", ".jinja") and file.name != "checkpoint.json":
             shutil.copyfile(file, incoming / file.name)
     for file in (*out.glob("model*.safetensors*"), *incoming.iterdir()):
