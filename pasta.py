@@ -689,14 +689,14 @@ def memory_line(weights, trained, tokens, dtype, device, offload=False):
     """What a run takes, said before it is taken, and what to do if less is there.
 
     weights: how many numbers all weights are; trained: how many each trained tensor is, with fp32
-    master, gradient and two moments, and a tenth of these for what freed tensors leave unusable.
+    master, gradient and two moments; on the host a tenth more, which freed tensors leave unusable.
     The largest one's update, activations of `tokens` and the libraries come on top.
     """
-    state = 1.1 * sum(trained) * (12 if dtype == torch.float32 and not offload else 16)
+    state = sum(trained) * (12 if dtype == torch.float32 and not offload else 16)
     work = dtype.itemsize * (weights + 2 * max(trained, default=0)) + tokens * 2**18 + 0.3 * 2**30
-    need, free = {"host": work + state}, {}
+    need, free = {"host": work + 1.1 * state}, {}
     if device.type == "cuda":
-        need = {"GPU": work + state * (not offload), "host": state * offload + 0.3 * 2**30}
+        need = {"GPU": work + state * (not offload), "host": 1.1 * state * offload + 0.3 * 2**30}
         free["GPU"] = torch.cuda.mem_get_info(device)[0]
     if (info := Path("/proc/meminfo")).exists():  # Linux
         free["host"] = 1024 * int(re.search(r"MemAvailable: *(\d+)", info.read_text())[1])
