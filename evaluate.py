@@ -559,7 +559,7 @@ def answer(items, args, path, say, rank, world, device, dtype):
     say(f"data    {args.data}: {len(items):,} questions of {its.title}, {len(todo):,} to be asked")
     if not todo:
         return
-    share = max(1, args.batch // world)  # of each process
+    share = max(1, min(args.batch, len(todo)) // world)  # of each process
     steps = math.ceil(len(todo) / (share * world))
     weights = sum(numbers for numbers, _ in headers.values())
     need = dtype.itemsize * weights + share * (3 * args.max_pixels // 784 + 512) * 2**18 + 3e8
