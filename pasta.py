@@ -20,8 +20,8 @@ matches.png (matches of held-out pairs before and after), checkpoint.json with i
 
 Axes: V views, H W pixels, n grid side, P = n * n patches, D feature, h w merged tokens of an image.
 
-Deviations from the paper, and what it leaves open: each is tagged "not in the paper" on its line;
-the README lists them with their flags.
+Deviations from the paper, and what it leaves open, are tagged "not in the paper" where they stand;
+the README's list with flags is the complete one.
 """
 
 import argparse
