@@ -844,6 +844,7 @@ def main(argv=None):
         groups = [roll_out_group(model, reference, tokenizer, prompt, args, step, number)
                   for number, prompt in prompts]
         # 6  update: clipped ratio, minus beta KL to the start model
+        update_norm = None
         for update in range(args.updates):
             loss = 0.0
             for group in groups:
@@ -860,9 +861,10 @@ def main(argv=None):
                 loss += one_loss.item() / count
                 group["logged"] |= statistics
             grad_norm = optimizer.reduce()
-            update_norm = optimizer.step(grad_norm) if count else None
-            if update_norm is None:
+            moved = optimizer.step(grad_norm) if count else None
+            if moved is None:  # not finite; updates before it stand
                 break
+            update_norm = moved
 
         logged, loss = gather([group["logged"] for group in groups]), sum(gather([loss]))
         if update_norm is None:

@@ -1,6 +1,7 @@
 """actor_grpo.py: a group against separate rows, the sampler, the loss; what a run logs, its flags.
 What it promises as every trainer does is in test_trainers.py."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -390,6 +391,17 @@ def test_runs(root, scenes, tmp_path, tiny_model, more, moved):
     before, after = (load_file(path / "model.safetensors") for path in (tiny_model, out))
     assert {key.split(".")[0] for key in before
             if not torch.equal(before[key], after[key])} == set(moved.split())
+
+
+def test_a_second_update_that_is_not_finite(root, scenes, tmp_path, tiny_model, monkeypatch):
+    """The first one stands: the step is not told as one that was left out."""
+    step, finite = actor_grpo.Optimizer.step, itertools.cycle([True, False])
+    monkeypatch.setattr(actor_grpo.Optimizer, "step", lambda self, norm: step(
+        self, norm if next(finite) else math.nan))
+    done = run(root, tmp_path, *f"--data {scenes} --model {tiny_model} --group 3 --batch 1 --steps "
+               "2 --max-pixels 3136 --max-new-tokens 6 --updates 2 --out out --workers 1".split())
+    assert done.returncode == 0 and "left out" not in done.stdout, done.stdout
+    assert all(line["update_norm"] > 0 for line in records(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("flags, message", [

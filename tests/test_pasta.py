@@ -83,11 +83,12 @@ def test_cells_have_the_edges_of_the_geometry(n, h, w):
 
 def test_matches_by_hand():
     """The most similar patch beside the one that overlaps most; features' lengths mean nothing."""
-    e_x, e_y = torch.eye(3), torch.tensor([[1.0, 0, 0], [0, 9.0, 9.0], [0.6, 0, 0.8]])
+    e_x = torch.tensor([[2.0, 0, 0], [0, 2.0, 0], [3.0, 0, 4.0]])
+    e_y = torch.tensor([[1.0, 0, 0], [0, 9.0, 9.0], [0.6, 0, 0.8]])
     S = torch.tensor([[0.9, 0.0, 0.0], [0.2, 0.0, 0.1], [0.0, 0.0, 0.0]])
-    guess, similarity, gold, overlaps = pasta.matches(S, 2 * e_x, e_y)
+    guess, similarity, gold, overlaps = pasta.matches(S, e_x, e_y)
     assert (guess.tolist(), gold.tolist()[:2]) == ([0, 1, 2], [0, 0])
-    assert np.allclose(similarity, [1, 0.5**0.5, 0.8]) and overlaps.tolist() == [True, True, False]
+    assert np.allclose(similarity, [1, 0.5**0.5, 1]) and overlaps.tolist() == [True, True, False]
 
 
 def test_evaluate_by_hand(monkeypatch):
