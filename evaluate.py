@@ -695,19 +695,21 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#0
 
 
 def read_curve(path):
-    """(name, stage, {field: [(step, value)]}) of a log.jsonl."""
+    """(stage, {field: [(step, value)]}) of a log.jsonl."""
     fields = {}
     for record in read_rows(Path(path), ()):
         for name, value in record.items() if "step" in record else ():  # not its head
             if type(value) in (int, float) and math.isfinite(value):
                 fields.setdefault(name, []).append((record["step"], value))
     stage = "grpo" if "kl" in fields else "pasta" if "excess" in fields else "sft"
-    return Path(path).parent.name or str(path), stage, fields
+    return stage, fields
 
 
 def draw_curves(logs):
     """An SVG with a panel for each quantity in the logs, all runs in one; "" if there is none."""
-    curves, panels = [read_curve(log) for log in logs], []
+    runs = [Path(os.path.abspath(log)).parent for log in logs]  # named by where they part
+    curves, panels = [(str(run.relative_to(os.path.commonpath([its.parent for its in runs]))),
+                       *read_curve(log)) for run, log in zip(runs, logs)], []
     for stage, field in ((stage, field) for stage, its in PANELS.items() for field in its):
         lines = [(name, *np.array(fields[field]).T) for name, its, fields in curves
                  if its == stage and len(fields.get(field, ())) > 1]
@@ -721,7 +723,7 @@ def draw_curves(logs):
 
 def panel(title, lines):
     """SVG of curves [(name, steps, values)]: thin as they are, thick their running means."""
-    left, right, top, bottom, means = 60, 620, 36, 300, []
+    left, right, top, bottom, means = 72, 620, 36, 300, []
     for _, _, values in lines:
         half = len(values) // 40  # a mean runs over a twentieth of its curve
         padded = np.pad(values, half, "edge")

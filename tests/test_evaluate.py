@@ -446,7 +446,7 @@ def test_a_camera_path_is_seen_from_above():
 
 
 def test_curves_of_several_runs(root, tmp_path):
-    logs = {"with": 0.3, "without": 0.1, "<b>&\x1b": 0.2}
+    logs = {"grpo": 0.3, "without/grpo": 0.1, "<b>&\x1b": 0.2}
     for name, level in logs.items():
         write_lines(tmp_path / name / "log.jsonl", [{"args": {}, "versions": {}}, *(
             {"step": k, "reward_action": level + k / 1000, "reward": 1.0, "kl": 0.01 * k,
@@ -456,7 +456,7 @@ def test_curves_of_several_runs(root, tmp_path):
     title, *ticks, legend = first.iter("{http://www.w3.org/2000/svg}text")
     assert [title.text, *(panel[0].text for panel in others)] == [
         "grpo: reward_action", "grpo: reward", "grpo: kl"]
-    assert [span.text for span in legend] == ["with", "without", "<b>&\ufffd"]
+    assert [span.text for span in legend] == ["grpo", "without/grpo", "<b>&\ufffd"]
     lines = [np.array([point.split(",") for point in line.get("points").split()], float)
              for line in first.iter("{http://www.w3.org/2000/svg}polyline")]
     assert [len(line) for line in lines] == [100] * 6  # three runs, each thin and thick
