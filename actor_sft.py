@@ -249,8 +249,7 @@ def evaluate_responses(model, tokenizer, examples, batch=64):
         some = examples[start:start + batch]
         with torch.no_grad():
             log_p += [response_log_probs(model, example) for example in some]
-        pairs = max(len(example.gold.actions) for example in some)
-        longest = 96 + 64 * pairs if some[0].form == "actions" else 64  # not in the paper
+        longest = 16 + 2 * max(len(e.ids) - e.prompt for e in some)  # not in the paper
         texts += generate_greedily(model, tokenizer, [
             (example.ids[:example.prompt].tolist(), example.images) for example in some], longest)
     record = {"heldout_loss": -float(torch.cat(log_p).mean())}
