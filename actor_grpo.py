@@ -440,6 +440,8 @@ def warnings_of(record, group):
     if record["kl_median"] > 1:  # one unlikely token can lift the mean
         found.append(f"KL to the start model is {record['kl_median']:.1f} nats a token in half of "
                      "the groups: lower --lr, or raise --beta")
+    if not math.isfinite(record["grad_norm"]):
+        found.append("an update behind the first was not finite and changed nothing: lower --lr")
     return found
 
 

@@ -354,10 +354,12 @@ def test_summary_by_hand():
     ({"reward_format": 0.0}, "is --model a cold start"), ({"reward_format": 1e-3}, None),
     ({"distinct": 1.0, "dead_groups": 1.0}, "the 8 completions of a group are the same text"),
     ({"distinct": 2.0}, None), ({"dead_groups": 1.0}, "no policy gradient"),
-    ({"kl_median": 2.5}, "2.5 nats"), ({"kl_median": 0.9}, None)])
+    ({"kl_median": 2.5}, "2.5 nats"), ({"kl_median": 0.9}, None),
+    ({"grad_norm": math.nan}, "an update behind the first was not finite")])
 def test_warnings(change, words):
-    said = actor_grpo.warnings_of({"reward_format": 0.5, "truncated": 0.4, "distinct": 8.0,
-                                   "dead_groups": 0.9, "kl_median": 0.01, **change}, 8)
+    said = actor_grpo.warnings_of({
+        "reward_format": 0.5, "truncated": 0.4, "distinct": 8.0, "dead_groups": 0.9,
+        "kl_median": 0.01, "grad_norm": 1.0, **change}, 8)
     assert len(said) == (words is not None) and (not said or words in said[0])
 
 

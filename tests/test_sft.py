@@ -210,19 +210,21 @@ def test_an_end_token_ends_a_text(made, monkeypatch):
 
 
 def test_held_out_record_by_hand(made, monkeypatch):
-    """The teacher's text for one sample, nonsense for the other: means, turns apart."""
+    """The teacher's text for one sample, nonsense for the other: means, turns apart. There is time
+    for twice what was taught."""
     model, tokenizer, examples = made
     turn, walk = [{"turn_right_deg": 20}], [{"move_forward_m": 1.0}]
     pairs = [examples[0]._replace(gold=examples[0].gold._replace(
         actions={(0, 1): plan}, answer="1.5", task="depth_prediction_oc_mv"))
         for plan in (turn, walk)]
-    texts = iter([rewards.write_response({(0, 1): turn}, "1.5"), "nonsense"])
+    texts, times = iter([rewards.write_response({(0, 1): turn}, "1.5"), "nonsense"]), []
     monkeypatch.setattr(actor_sft, "generate_greedily",
-                        lambda model, tokenizer, prompts, longest: [next(texts) for _ in prompts])
+                        lambda *its: times.append(its[-1]) or [next(texts) for _ in its[2]])
     record, written = actor_sft.evaluate_responses(model, tokenizer, pairs, batch=1)
     log_p = torch.cat([actor_sft.response_log_probs(model, e) for e in pairs])
     assert abs(record.pop("heldout_loss") + float(log_p.detach().mean())) < 1e-5
     assert written[1] == "nonsense"
+    assert times == [16 + 2 * len(examples[0].ids[examples[0].prompt:])] * 2
     assert record == {"format": 0.5, "action": 0.5, "action_turns": 1.0, "answer": 0.5}
     blind = actor_sft.constants(pairs)
     assert blind["action_turns_constant"] == 1.0 and 0.5 < blind["action_constant"] < 0.7
