@@ -87,9 +87,9 @@ def parse_args(argv=None):
                    help="keep the image encoder, or the language model, as it is; default: "
                         "nothing, demo: vision")
     # optimisation
-    p.add_argument("--steps", type=int, help="default: one epoch; demo: 300, actions 400")
+    p.add_argument("--steps", type=int, help="default: one epoch; demo: 400")
     p.add_argument("--batch", type=int,
-                   help="samples per step over all processes; paper: 1; demo: 16")
+                   help="samples per step over all processes; paper: 1; demo: 8")
     p.add_argument("--lr", type=float, help="paper: 1e-5; demo: 4e-4")
     p.add_argument("--warmup", type=int,
                    help="steps in which lr rises to its value; default: 0, it is fixed; demo: 50")
@@ -119,9 +119,9 @@ def parse_args(argv=None):
               "out": "out/sft" if first.target == "answer" else "out/cold_start"}
     if first.data is None:  # the only place where demo and real run differ
         values |= {"data": "out/demo/data", "samples": 20_000, "max_pixels": 112 * 112,
-                   "freeze": "vision", "batch": 16, "lr": 4e-4, "warmup": 50, "betas": [0.9, 0.98],
+                   "freeze": "vision", "batch": 8, "lr": 4e-4, "warmup": 50, "betas": [0.9, 0.98],
                    "tasks": list(geometry.MULTI_VIEW_TASKS) if actions else ["camera_turn"],
-                   "steps": 400 if actions else 300, "no_recompute": True}
+                   "steps": 400, "no_recompute": True}
     else:
         values |= {"samples": 1_000 if actions else 10_000, "max_pixels": 448 * 448,
                    "tasks": list(geometry.MULTI_VIEW_TASKS),
