@@ -99,7 +99,7 @@ def parse_args(argv=None):
     # looking and saving
     p.add_argument("--heldout", type=int, default=256, help="held-out samples to evaluate on")
     p.add_argument("--save-every", type=int, help="steps between checkpoints, each with a look at "
-                                                  "held-out samples; default: a quarter")
+                                                  "held-out samples; default: a quarter; demo: 200")
     p.add_argument("--resume", action="store_true", help="continue from --out's checkpoint")
     # the machine
     p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
@@ -121,7 +121,7 @@ def parse_args(argv=None):
         values |= {"data": "out/demo/data", "samples": 20_000, "max_pixels": 112 * 112,
                    "freeze": "vision", "batch": 8, "lr": 4e-4, "warmup": 50, "betas": [0.9, 0.98],
                    "tasks": list(geometry.MULTI_VIEW_TASKS) if actions else ["camera_turn"],
-                   "steps": 400, "no_recompute": True}
+                   "steps": 400, "save_every": 200, "no_recompute": True}
     else:
         values |= {"samples": 1_000 if actions else 10_000, "max_pixels": 448 * 448,
                    "tasks": list(geometry.MULTI_VIEW_TASKS),
