@@ -47,6 +47,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # read when torch is imported: without it freed
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # memory lies in pieces
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -584,6 +587,10 @@ def answer(items, args, path, say, rank, world, device, dtype):
             texts = generate_greedily(model, tokenizer, [prompt for *_, prompt in ready],
                                       args.max_new_tokens or longest)
             for (_, line, _), text in zip(ready, texts):
+                if text is None:
+                    raise geometry.DataError(
+                        f"{line['id']} ({line['task']}): the model's logits are not finite in "
+                        f"--precision {args.precision}; try another one")
                 line["response"] = text
         lines = gather([line for _, line, _ in asked])
         if rank == 0:
@@ -857,7 +864,8 @@ def encode_prompt(tokenizer, processor, pictures, text, name):
 
 
 def generate_greedily(model, tokenizer, prompts, longest):
-    """The likeliest response to each prompt, (ids, images) as of encode_prompt: list of texts.
+    """The likeliest response to each prompt, (ids, images) as of encode_prompt: list of texts; None
+    where a logit was NaN or +inf, which nothing can be the likeliest of.
 
     One batch, padded on the left; a response ends before the first end token, or after `longest`.
     """
@@ -869,13 +877,29 @@ def generate_greedily(model, tokenizer, prompts, longest):
               **{key: torch.cat([images[key] for _, images in prompts])
                  for key in ("pixel_values", "image_grid_thw")}}
     model.generation_config = GenerationConfig()  # not the checkpoint's, which fills unset fields
+    sound = torch.zeros(len(prompts), dtype=torch.long, device=model.device)
     with torch.no_grad():
         written = model.generate(
             **{key: its.to(model.device) for key, its in inputs.items()}, max_new_tokens=longest,
-            do_sample=False, eos_token_id=end, pad_token_id=end[0])
-    rows = written[:, L:].tolist()
-    return [tokenizer.decode(row[:next((k for k, its in enumerate(row) if its in end), len(row))])
-            for row in rows]
+            do_sample=False, eos_token_id=end, pad_token_id=end[0],
+            logits_processor=[partial(count_sound, sound, L)])
+    texts = []
+    for row, steps in zip(written[:, L:].tolist(), sound.tolist()):
+        length = next((k for k, token in enumerate(row) if token in end), len(row))
+        decided = min(length + 1, len(row))  # the end token, too
+        texts.append(tokenizer.decode(row[:length]) if steps >= decided else None)
+    return texts
+
+
+def count_sound(sound, L, ids, logits):
+    """Count for each row how many of its tokens, from the first on, were chosen among logits that
+    are neither NaN nor +inf: sound (B,) is changed in place, on the device, which nobody waits for.
+
+    What `generate` calls before each token: ids (B, L + t), logits (B, W).
+    """
+    fine = (logits < math.inf).all(-1)
+    sound += fine & (sound == ids.shape[1] - L)
+    return logits
 
 
 def find_model(name):
@@ -943,19 +967,27 @@ def load_model(path, headers):
 
 def start_processes(precision):
     """Join torchrun's process group if there is one. Returns rank, world, device, working dtype."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
+        raise geometry.DataError("srun started several processes that do not know of each other: "
+                                 "let it start one, torchrun --nproc_per_node N ...")
     device, best = torch.device("cpu"), "fp32"
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    elif shutil.which("nvidia-smi"):
-        print("warning: the GPU cannot be used (its driver? a torch without CUDA?): on the CPU")
+    try:
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+            torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew for every length of a text
+            best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        elif shutil.which("nvidia-smi"):
+            print("warning: the GPU cannot be used (its driver? a torch without CUDA?): on the CPU")
+        if world > 1:  # both backends, since --offload keeps gradients in host memory
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                    timeout=timedelta(hours=2))  # others wait while the first saves
+    except (ValueError, RuntimeError) as error:
+        raise geometry.DataError(f"processes cannot be started ({str(error).splitlines()[0]}): "
+                                 "torchrun sets RANK, WORLD_SIZE and what else is needed") from None
     if best == "fp16":
         print("warning: this GPU has no bf16: --precision auto is fp16, with a loss scale")
-    if world > 1:  # both backends, since --offload keeps gradients in host memory
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=2))  # others wait while the first saves
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     return rank, world, device, dtypes[best if precision == "auto" else precision]
 
@@ -967,6 +999,29 @@ def gather(items):
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, items)
     return [item for its in everyone for item in its]
+
+
+class Console:
+    """Standard output that ends no run: not by a letter that it lacks, not when it is closed or its
+    reader has gone."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+        if hasattr(stream, "reconfigure"):  # a notebook's has none
+            stream.reconfigure(errors="replace")
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.stream = open(os.devnull, "w")
+
+    def flush(self):
+        """Nothing is left to be written."""
+
+    def isatty(self):
+        return self.stream.isatty()
 
 
 class Skipped(list):
@@ -1018,7 +1073,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a console may not have every letter
+    sys.stdout = Console(sys.stdout)
     try:
         main()
     except (geometry.DataError, OSError, SafetensorError, torch.OutOfMemoryError) as error:

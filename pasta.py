@@ -36,10 +36,19 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # read when torch is imported: without it freed
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # memory lies in pieces
 
 import numpy as np
 import torch
@@ -208,9 +217,9 @@ def matches(S, e_x, e_y):
 # ------------------------------------------------------------------------------- views and pairs
 
 
-def prepare(sample, args, processor):
-    """What a step needs of a sample: its views, the encoder's pixels and grids, and the (x, y, S)
-    of all pairs of its views, x < y. Raises DataError if one of them cannot be used."""
+def prepare(sample, args, processor, dtype=torch.float32):
+    """What a step needs of a sample: its views, the encoder's pixels, in dtype, and grids, and the
+    (x, y, S) of all pairs of its views, x < y. Raises DataError if one of them cannot be used."""
     views = sample.views()
     try:
         images = processor(images=[view.image for view in views], return_tensors="pt")
@@ -219,7 +228,7 @@ def prepare(sample, args, processor):
             for x, y in itertools.combinations(range(len(views)), 2)]
     except (ValueError, TypeError) as error:  # a picture longer than 200 : 1, too few pixels
         raise geometry.DataError(f"{sample.id}: {error}") from None
-    return views, images["pixel_values"], images["image_grid_thw"], pairs
+    return views, images["pixel_values"].to(dtype), images["image_grid_thw"], pairs
 
 
 def heldout_pairs(walk, count):
@@ -433,9 +442,10 @@ class Optimizer:
 
     def __init__(self, model, args, dtype, device):
         self.lr, self.warmup, self.clip = args.lr, args.warmup, args.clip
-        # updates; finite steps in a row; others in a row that a lower scale cannot mend
-        self.t = self.good = self.bad = 0
+        self.t = self.good = 0  # updates; finite ones in a row
+        self.missed = []  # why each step since the last update changed nothing
         self.scale = 2.0**16 if dtype == torch.float16 else 1.0
+        self.patience = 5 if self.scale == 1 else 25  # steps in a row; a lower scale may mend it
         self.tensors, home = {}, torch.device("cpu") if args.offload else device
         for name, p in model.named_parameters():  # tensor by tensor: nothing ever exists twice
             trains, master = p.requires_grad, torch.nn.Parameter(p.data)
@@ -482,23 +492,30 @@ class Optimizer:
                 change += before.sub_(master.detach()).norm() ** 2
                 p.data.copy_(master.data)
             master.grad = None
-        self.bad = 0 if finite else self.bad + (self.scale == 1)  # a lower scale may mend it
+        if finite:
+            self.missed = []
         if self.scale > 1:
             self.scale *= 0.5 if not finite else 2 if self.good % 1000 == 0 else 1
         return float(change) ** 0.5 if finite else None
 
     def load(self, out, state):
         """Continue from what save_checkpoint wrote."""
-        self.t, self.good = state["t"], state["good"]
+        self.t, self.good, self.missed = state["t"], state["good"], state["missed"]
         self.scale = state["scale"] if min(self.scale, state["scale"]) > 1 else self.scale
         for kind, file in state["files"].items():
-            with safe_open(out / file, framework="pt") as tensors:
-                for name, (p, master, adam) in self.tensors.items():
-                    its = tensors.get_tensor(name).to(master.device)
-                    if kind == "master":
-                        p.data.copy_(master.data.copy_(its))
-                    else:
-                        adam.state[master] |= {kind: its, "step": its.new_tensor(float(self.t))}
+            try:
+                with safe_open(out / file, framework="pt") as tensors:
+                    for name, (p, master, adam) in self.tensors.items():
+                        saved = tensors.get_tensor(name)
+                        if kind == "master":
+                            p.data.copy_(master.data.copy_(saved))
+                        else:  # a copy, or the file would stay on the disk when it is deleted
+                            adam.state[master][kind] = saved.to(master.device, copy=True)
+                            adam.state[master]["step"] = torch.tensor(
+                                float(self.t), device=master.device)
+            except (OSError, SafetensorError) as error:
+                raise geometry.DataError(f"{out / file}: this file of the checkpoint cannot be read"
+                                         f" ({error}); start over without --resume") from None
 
 
 def save_checkpoint(out, state, optimizer):
@@ -506,13 +523,15 @@ def save_checkpoint(out, state, optimizer):
     them, renamed over the last one: a kill or a full disk spares what was there before."""
     files = {kind: f"checkpoint-{state['step']}-{kind}.safetensors"
              for kind in ("master", "exp_avg", "exp_avg_sq")}
-    state |= {"files": files, "t": optimizer.t, "good": optimizer.good, "scale": optimizer.scale}
+    state |= {"files": files, "t": optimizer.t, "good": optimizer.good, "scale": optimizer.scale,
+              "missed": optimizer.missed}
     for kind, file in files.items():
         save_file({name: (master.detach() if kind == "master" else adam.state[master].get(
             kind, torch.zeros_like(master))).cpu()
             for name, (_, master, adam) in optimizer.tensors.items()}, out / file)
     (out / "checkpoint.tmp").write_text(json.dumps(state))
-    os.sync()
+    if hasattr(os, "sync"):  # not on Windows
+        os.sync()
     os.replace(out / "checkpoint.tmp", out / "checkpoint.json")
     for file in out.glob("checkpoint-*.safetensors"):
         if file.name not in files.values():
@@ -520,8 +539,17 @@ def save_checkpoint(out, state, optimizer):
 
 
 def read_checkpoint(out):
+    """What save_checkpoint wrote last; {} where there is none. DataError if it cannot be read."""
     path = Path(out) / "checkpoint.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        state = json.loads(path.read_text())
+        state["args"]["steps"], state["step"], state["files"], state["missed"]  # or it is none
+        return state
+    except (ValueError, KeyError, TypeError) as error:
+        raise geometry.DataError(f"{path}: cannot be read as a checkpoint ({error}); remove it to "
+                                 "start over") from None
 
 
 def settle(p, argv, values):
@@ -530,7 +558,9 @@ def settle(p, argv, values):
     p.set_defaults(**values)
     args = p.parse_args(argv)
     if args.resume:
-        state = read_checkpoint(args.out).get("args", {})
+        state = read_checkpoint(args.out).get("args")
+        if not state:
+            p.error(f"--out {args.out} has no checkpoint.json to --resume from; name the run's")
         p.set_defaults(**state | {"resume": True})
         args = p.parse_args(argv)
         may = {"resume", "out", "steps", "data", "model", "offload", "no_recompute", "workers"}
@@ -546,27 +576,43 @@ def settle(p, argv, values):
 
 def begin(args, walk, source):
     """What a checkpoint holds beside the optimiser: arguments, and fingerprints of data and start
-    model; and the state to resume from, {} for a new run. DataError where --out is not this run's.
+    model; the state to resume from, {} for a new run; and what keeps --out locked while it is held.
+    DataError where --out is not this run's.
     """
-    out, state = Path(args.out), read_checkpoint(args.out)
+    out = Path(args.out)
+    if out.resolve() == source.resolve():
+        raise geometry.DataError(f"--out {out} is the start model's; name another")
+    out.mkdir(parents=True, exist_ok=True)
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    lock = lock_folder(out) if first else None
+    state = read_checkpoint(out)
     now = {"args": vars(args), "data": geometry.fingerprint(walk.samples.files),
            "model": geometry.fingerprint(weight_files(source))}
     wrong = None
-    if out.resolve() == source.resolve():
-        wrong = "is the start model's; name another"
-    elif args.resume and not state:
-        wrong = "has no checkpoint.json to --resume from; name the run's"
-    elif args.resume and (other := [its for its in ("data", "model") if state[its] != now[its]]):
+    if args.resume and (other := [its for its in ("data", "model") if state[its] != now[its]]):
         wrong = f"was begun with another --{other[0]} than {getattr(args, other[0])}; name that"
     elif not args.resume and state and state["step"] < state["args"]["steps"]:
         wrong = (f"holds a run stopped at step {state['step']} of {state['args']['steps']}; go on "
                  "with --resume, or remove its checkpoint.json to start over")
     if wrong:
         raise geometry.DataError(f"--out {out} {wrong}")
-    out.mkdir(parents=True, exist_ok=True)
-    if not args.resume:
+    if first and not args.resume:
         (out / "checkpoint.json").unlink(missing_ok=True)  # of a run that has ended
-    return now, state if args.resume else {}
+    return now, state if args.resume else {}, lock
+
+
+def lock_folder(out):
+    """Lock a run's folder against a second run: an open file, which keeps it locked until it is
+    closed, at the latest when the process ends. DataError if another one has it."""
+    file = open(out / "lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise geometry.DataError(f"--out {out}: another run is writing there; wait for its end, or "
+                                 "name another --out") from None
+    except (OSError, AttributeError) as error:  # a file system without locks; Windows has no fcntl
+        print(f"warning: {out} cannot be locked ({error}): start no second run there")
+    return file
 
 
 def find_model(name):
@@ -659,19 +705,27 @@ def save_model(model, source, out, optimizer):
 
 def start_processes(precision):
     """Join torchrun's process group if there is one. Returns rank, world, device, working dtype."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
+        raise geometry.DataError("srun started several processes that do not know of each other: "
+                                 "let it start one, torchrun --nproc_per_node N ...")
     device, best = torch.device("cpu"), "fp32"
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    elif shutil.which("nvidia-smi"):
-        print("warning: the GPU cannot be used (its driver? a torch without CUDA?): on the CPU")
+    try:
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+            torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew for every length of a text
+            best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        elif shutil.which("nvidia-smi"):
+            print("warning: the GPU cannot be used (its driver? a torch without CUDA?): on the CPU")
+        if world > 1:  # both backends, since --offload keeps gradients in host memory
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                    timeout=timedelta(hours=2))  # others wait while the first saves
+    except (ValueError, RuntimeError) as error:
+        raise geometry.DataError(f"processes cannot be started ({str(error).splitlines()[0]}): "
+                                 "torchrun sets RANK, WORLD_SIZE and what else is needed") from None
     if best == "fp16":
         print("warning: this GPU has no bf16: --precision auto is fp16, with a loss scale")
-    if world > 1:  # both backends, since --offload keeps gradients in host memory
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=2))  # others wait while the first saves
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     return rank, world, device, dtypes[best if precision == "auto" else precision]
 
@@ -685,21 +739,26 @@ def gather(items):
     return [item for its in everyone for item in its]
 
 
-def memory_line(weights, trained, tokens, dtype, device, offload=False):
+def memory_line(weights, trained, tokens, dtype, device, offload=False, pixels=0):
     """What a run takes, said before it is taken, and what to do if less is there.
 
     weights: how many numbers all weights are; trained: how many each trained tensor is, with fp32
     master, gradient and two moments; on the host a tenth more, which freed tensors leave unusable.
-    The largest one's update, activations of `tokens` and the libraries come on top.
+    The largest one's update, activations of `tokens` and the libraries come on top; on the host,
+    held-out pictures of so many pixels and, where masters are on a GPU, the copy of them that a
+    checkpoint is written from.
     """
     state = sum(trained) * (12 if dtype == torch.float32 and not offload else 16)
     work = dtype.itemsize * (weights + 2 * max(trained, default=0)) + tokens * 2**18 + 0.3 * 2**30
-    need, free = {"host": work + 1.1 * state}, {}
+    heldout = 6 * dtype.itemsize * pixels  # three colours; the encoder takes each picture twice
+    need, free = {"host": work + 1.1 * state + heldout}, {}
     if device.type == "cuda":
-        need = {"GPU": work + state * (not offload), "host": 1.1 * state * offload + 0.3 * 2**30}
+        on_gpu, on_host = (0, 1.1 * state) if offload else (state, 4 * sum(trained))
+        need = {"GPU": work + on_gpu, "host": on_host + heldout + 0.3 * 2**30}
         free["GPU"] = torch.cuda.mem_get_info(device)[0]
-    if (info := Path("/proc/meminfo")).exists():  # Linux
-        free["host"] = 1024 * int(re.search(r"MemAvailable: *(\d+)", info.read_text())[1])
+    info = Path("/proc/meminfo")  # of Linux
+    if info.exists() and (found := re.search(r"MemAvailable: *(\d+)", info.read_text())):
+        free["host"] = 1024 * int(found[1])
     less = any(need[where] > free.get(where, math.inf) for where in need)
     return "memory  " + ", ".join(f"{where} {need[where] / 2**30:.1f} GiB" for where in need) + (
         ", more than is free: --freeze, --offload (on a GPU), fewer --max-pixels take less" * less)
@@ -708,15 +767,28 @@ def memory_line(weights, trained, tokens, dtype, device, offload=False):
 def open_log(path, args, step):
     """Begin a log with arguments and versions; of a resumed run keep the lines up to `step`."""
     lines = path.read_text().splitlines()[1:] if args.resume and path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
     head = {"args": vars(args), "versions": {"python": platform.python_version(), **{
         its.__name__: its.__version__ for its in (torch, transformers, np)}}}
-    path.write_text("".join(f"{line}\n" for line in (json.dumps(head), *kept)))
+    kept = [line for line in lines if step_of(line) <= step]
+    path.write_text("".join(f"{line}\n" for line in (strict_json(head), *kept)))
+
+
+def step_of(line):
+    """The step of a line of a log; inf of a line that a kill cut."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def strict_json(record):
+    """A record as JSON that every reader takes: null for NaN and the infinities."""
+    return json.dumps(json.loads(json.dumps(record), parse_constant=lambda _: None))
 
 
 def write_line(path, record):
     with open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(strict_json(record) + "\n")
 
 
 def print_step(record, steps, left, fields):
@@ -727,15 +799,59 @@ def print_step(record, steps, left, fields):
         print(f"step {step}/{steps}  {said}  left {timedelta(seconds=int(left))}", flush=True)
 
 
-def left_out(step, found, grad_norm, batch, optimizer, say):
-    """The record of a step that changed nothing; DataError after five such in a row."""
+def left_out(step, found, grad_norm, batch, optimizer, walk, say):
+    """The record of a step that changed nothing; DataError after too many of them in a row."""
+    names = ", ".join(gather([name for name, _ in batch]))
     why = f"gradient norm {grad_norm}" if found else "no usable sample"
-    why += f" ({', '.join(gather([name for name, _ in batch]))})"
-    say(f"step {step} left out: {why}")
-    if optimizer.bad == 5:
-        raise geometry.DataError("five steps in a row were not finite: lower --lr, or look at the "
-                                 "samples named above; what was saved before is untouched")
-    return {"step": step, "skipped": why}
+    say(f"step {step} left out: {why} ({names})")
+    problem = next(iter(walk.skipped), "is named above")
+    optimizer.missed.append(why if found else f"{why}, the first problem {problem}")
+    not_finite = sum(reason.startswith("gradient") for reason in optimizer.missed)
+    if not_finite == optimizer.patience or len(optimizer.missed) == 50:
+        raise no_update(optimizer)
+    return {"step": step, "skipped": f"{why} ({names})"}
+
+
+def no_update(optimizer):
+    """The DataError that says why no step since the last update changed anything."""
+    ((reason, count),) = Counter(optimizer.missed).most_common(1)
+    return geometry.DataError(
+        f"{len(optimizer.missed)} steps in a row changed no weight, {count} of them: {reason}; "
+        "look at the samples named above, or lower --lr. What was saved before is untouched")
+
+
+def catch_signals():
+    """A list that SIGINT, SIGTERM and SIGHUP, a closed terminal, are added to when they come: the
+    step is finished, then all is saved."""
+    stops = []
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP, nohup ignores it
+        if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+            signal.signal(number, lambda number, _: stops.append(number))
+    return stops
+
+
+class Console:
+    """Standard output that ends no run: not by a letter that it lacks, not when it is closed or its
+    reader has gone."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+        if hasattr(stream, "reconfigure"):  # a notebook's has none
+            stream.reconfigure(errors="replace")
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.stream = open(os.devnull, "w")
+
+    def flush(self):
+        """Nothing is left to be written."""
+
+    def isatty(self):
+        return self.stream.isatty()
 
 
 def main(argv=None):
@@ -755,7 +871,7 @@ def main(argv=None):
     walk = geometry.Walk(args.data, args.samples, args.seed)
     args.steps = args.steps or max(1, len(walk.drawn) // args.batch)
     args.save_every = args.save_every or max(1, args.steps // 4)
-    now, state = begin(args, walk, source)
+    now, state, lock = begin(args, walk, source)
     start = state["step"] if state else 0
     say(f"data    {args.data}: {len(walk.drawn):,} of {len(walk.samples):,} multi-image samples, "
         f"{args.batch} a step over {world} process(es); {args.steps - start:,} steps")
@@ -764,7 +880,8 @@ def main(argv=None):
     vision = [its for name, (its, _) in headers.items() if name.startswith("visual.")]
     say(f"model   {args.model}: the image encoder trains, {sum(vision):,} parameters, {dtype} on "
         f"{device}")
-    say(memory_line(sum(vision), vision, 12 * args.max_pixels // 784, dtype, device))
+    say(memory_line(sum(vision), vision, 12 * args.max_pixels // 784, dtype, device,
+                    pixels=args.heldout * 2 * args.max_pixels))
     model, _ = load_model(source, headers)
     encoder = model.model.visual
     if not args.no_recompute:
@@ -772,7 +889,7 @@ def main(argv=None):
             recompute_in_backward(block)
     optimizer = Optimizer(encoder, args, dtype, device)
 
-    ready = partial(prepare, args=args, processor=Qwen2VLImageProcessorPil(
+    ready = partial(prepare, args=args, dtype=dtype, processor=Qwen2VLImageProcessorPil(
         size={"shortest_edge": 56 * 56, "longest_edge": args.max_pixels}))
     if rank == 0:  # the encoder as it starts, also when resuming: for `drift` and "before"
         open_log(out / "log.jsonl", args, start)
@@ -788,9 +905,8 @@ def main(argv=None):
     if state:
         optimizer.load(out, state)
 
-    stops, begun = [], time.monotonic()
-    for number in (signal.SIGINT, signal.SIGTERM):  # the step is finished, then all is saved
-        signal.signal(number, lambda number, _: stops.append(number))
+    stops = catch_signals()
+    begun = time.monotonic()
     batches = walk.batches(ready, start, args.steps, args.batch, rank, world, args.workers)
     for step, batch in enumerate(batches, start + 1):
         samples, tick = [its for _, its in batch if its], time.monotonic()
@@ -809,7 +925,7 @@ def main(argv=None):
         record = {"step": step, "loss": loss, "excess": excess, "grad_norm": grad_norm,
                   "update_norm": update_norm, "pairs_per_s": count / (time.monotonic() - tick)}
         if update_norm is None:
-            record = left_out(step, count, grad_norm, batch, optimizer, say)
+            record = left_out(step, count, grad_norm, batch, optimizer, walk, say)
         stop = gather(stops)
         if rank == 0:
             if stop or step == args.steps or step % args.save_every == 0:
@@ -827,6 +943,8 @@ def main(argv=None):
             say(f"stopped after step {step}; go on with --resume --out {out}")
             sys.exit(128 + stop[0])
 
+    if optimizer.t == 0:
+        raise no_update(optimizer)
     if rank == 0:
         save_model(model, source, out, optimizer)
         say(f"wrote   {out}: the model with its aligned encoder, log.jsonl, matches.png; "
@@ -836,7 +954,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a console may not have every letter
+    sys.stdout = Console(sys.stdout)
     try:
         main()
     except (geometry.DataError, OSError, SafetensorError, torch.OutOfMemoryError) as error:

@@ -338,10 +338,14 @@ def gold_plans(poses):
             for i, j in required_pairs(len(poses))}
 
 
-def gold_of(sample):
-    """The Gold of a geometry.Sample: its answer, and the teacher's plan for each pair of views."""
+def gold_of(sample, plans=True):
+    """The Gold of a geometry.Sample: its answer and, with plans, for which its poses are read, the
+    teacher's plan for each pair of views. DataError if its own answer would not earn R_ans 1."""
     views = len(sample.images)
-    actions = gold_plans([sample.pose(k) for k in range(views)])
+    if answer_reward(sample.answer, sample.answer, sample.task, sample.kind) < 1:
+        raise geometry.DataError(f"{sample.id}: no answer to a {sample.kind} question of "
+                                 f"{sample.task} can match {sample.answer!r:.60}")
+    actions = gold_plans([sample.pose(k) for k in range(views)]) if plans else {}
     return Gold(actions, sample.answer, sample.task, sample.kind, views)
 
 

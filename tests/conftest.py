@@ -52,7 +52,8 @@ def run(script, root, cwd, *flags, processes=1, env={}, **popen):
 
 def _call(script, cwd, *flags):
     main = importlib.import_module(script.removesuffix(".py")).main
-    before, handlers = os.getcwd(), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    before, numbers = os.getcwd(), (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(number) for number in numbers]
     os.chdir(cwd)
     try:
         with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
@@ -65,7 +66,7 @@ def _call(script, cwd, *flags):
                 code = stop.code if isinstance(stop.code, int) else 1
     finally:
         os.chdir(before)
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+        for number, handler in zip(numbers, handlers):
             signal.signal(number, handler)
     return types.SimpleNamespace(returncode=code, stdout=said.getvalue())
 

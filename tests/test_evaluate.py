@@ -14,6 +14,7 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
@@ -21,6 +22,7 @@ import evaluate
 import geometry
 import rewards
 from conftest import run
+from scenes import change_weights
 
 
 def jpeg(colour="red", size=(64, 48)):
@@ -309,6 +311,18 @@ def test_an_interrupted_evaluation_continues(answered, root, rooms, tiny_model, 
     assert predictions(tmp_path / "out") == predictions(answered)  # rows do not feel neighbours
     done = evaluation(root, tmp_path, rooms, "moved", "--limit", 3)
     assert " 0 to be asked" in done.stdout and results(tmp_path / "out")["rows"]["Avg"][1] == 3
+
+
+def test_logits_that_are_not_finite(root, rooms, tiny_model, tmp_path):
+    """They end an evaluation: nothing that they make the model write is scored."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    change_weights(tmp_path / "model", lambda tensors: tensors | {
+        "model.norm.weight": torch.full((192,), math.nan)})
+    done = run("evaluate.py", root, tmp_path, "--data", rooms, "--model", "model", "--limit", 3)
+    assert done.returncode == 1 and re.search(
+        r"^evaluate.py: \d+ \(\w+\): the model's logits are not finite in --precision auto; try",
+        done.stdout.splitlines()[-1])
+    assert '"response"' not in (tmp_path / "out/evaluation/rooms/predictions.jsonl").read_text()
 
 
 def test_predictions_of_another_run_are_not_mixed(answered, root, rooms, tiny_model, tmp_path):

@@ -60,6 +60,23 @@ def test_plans_of_poses_come_back(rooms):
         assert rewards.total_reward(gold.answer, gold)["total"] == 0
 
 
+@pytest.mark.parametrize("task, kind, answer, fits", [
+    ("depth_prediction_oc_mv", "fill", "2.1", True), ("depth_prediction_oc_mv", "fill", "", False),
+    ("depth_prediction_oc_mv", "fill", "unknown", False), ("room_size", "fill", "about 2", True),
+    ("depth_prediction_oc_mv", "fill", "2.1 to 3.4", False), ("camera_turn", "fill", "20", False),
+    ("position_matching", "fill", "1,2,3", False), ("position_matching", "fill", "5 5 5 9", False),
+    ("view_change_infer", "fill", "move_left:1.0", True), ("obj_count", "fill", "nan", False),
+    ("view_change_infer", "fill", "left by 1", False), ("appearance_order", "fill", "()", False),
+    ("anything", "select", " C. left", True), ("anything", "select", " ", False)])
+def test_a_gold_that_no_answer_can_match(task, kind, answer, fits):
+    sample = geometry.Sample("a", "s", task, kind, "?", answer, [], [], {})
+    if fits:
+        assert rewards.gold_of(sample) == rewards.Gold({}, answer, task, kind, 0)
+    else:
+        with pytest.raises(geometry.DataError, match=f"^a: no answer to a {kind} question of"):
+            rewards.gold_of(sample)
+
+
 # --- C.4
 
 

@@ -2,6 +2,7 @@
 What it promises as every trainer does is in test_trainers.py."""
 
 import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -95,8 +96,9 @@ def test_what_cannot_be_encoded_is_named(made):
             actor_sft.encode_prompt(tokenizer, PROCESSOR, [Image.new("RGB", size)], text, "scene_4")
 
 
-def test_forms_and_shares(scenes, made):
-    """The form of a sample is a function of seed and sample; a share --mix of them are actions."""
+def test_forms_and_shares(scenes, made, tmp_path):
+    """The form of a sample is a function of seed and sample, be it in its id, question or images,
+    wherever the tree lies; a share --mix of them are actions."""
     _, tokenizer, (example, *_) = made
     sample = geometry.load_samples(scenes)[0]
     args = actor_sft.parse_args(["--data", "-", "--target", "mixed", "--mix", "0.25"])
@@ -104,6 +106,12 @@ def test_forms_and_shares(scenes, made):
     forms = [make(replace(sample, id=str(k))).form for k in range(200)]
     assert 0.15 < forms.count("actions") / 200 < 0.35
     assert forms[:20] == [make(replace(sample, id=str(k))).form for k in range(20)]
+    (tmp_path / "moved").symlink_to(scenes)
+    moved = geometry.load_samples(tmp_path / "moved")[0]
+    assert forms[:20] == [make(replace(moved, id=str(k))).form for k in range(20)]
+    samples = [replace(its, id="a") for its in geometry.load_samples(scenes)]
+    for those in (samples, [replace(sample, question=str(k)) for k in range(20)]):
+        assert {make(its).form for its in those} == {"actions", "answer"}
     gold, taught = example.gold, tokenizer.decode(example.ids[example.prompt:])
     assert taught == rewards.write_response(gold.actions, gold.answer) + "<|im_end|>"
     for target, samples in (("answer", 10_000), ("actions", 1_000)):
@@ -197,6 +205,21 @@ def test_greedy_texts(made):
     assert actor_sft.generate_greedily(model, tokenizer, prompts, 12) == texts
     model.generation_config = before
     assert len(set(texts)) > 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_prompt_whose_logits_are_not_finite(made, value):
+    """It has no text; the others of its batch keep theirs."""
+    model, tokenizer, examples = made
+    prompts = [(e.ids[:e.prompt].tolist(), dict(e.images)) for e in examples]
+    texts = actor_sft.generate_greedily(model, tokenizer, prompts, 4)
+    prompts[1][1]["pixel_values"] = torch.full_like(prompts[1][1]["pixel_values"], value)
+    assert actor_sft.generate_greedily(model, tokenizer, prompts, 4) == [texts[0], None, texts[2]]
+    sound, logits = torch.zeros(3, dtype=torch.long), torch.zeros(3, 4)
+    logits[0, 1], logits[1, 1] = -value, -math.inf
+    for t in range(2):
+        actor_sft.count_sound(sound, 5, torch.zeros(3, 5 + t), logits if t else torch.zeros(3, 4))
+    assert sound.tolist() == [1 if value != value else 2, 2, 2]
 
 
 def test_an_end_token_ends_a_text(made, monkeypatch):
