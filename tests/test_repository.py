@@ -43,6 +43,12 @@ def test_no_script_imports_another(root):
                     f"{name} imports {modules}")
 
 
+def test_the_allocator_is_told_before_torch_is_imported(root):
+    for name in SCRIPTS:
+        text = (root / name).read_text()
+        assert 0 < text.index('("PYTORCH_ALLOC_CONF"') < text.index("import torch\n")
+
+
 def test_every_equation_is_tagged_once(root):
     found = {name: [int(k) for k in re.findall(r"# Eq\. (\d+)$", text, re.MULTILINE)]
              for name, text in sources(root).items()}
