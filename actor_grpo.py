@@ -49,11 +49,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None
-
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # read when torch is imported: without it freed
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # memory lies in pieces
 
@@ -655,15 +650,17 @@ def begin(args, walk, source):
 
 
 def lock_folder(out):
-    """Lock a run's folder against a second run: an open file, which keeps it locked until it is
-    closed, at the latest when the process ends. DataError if another one has it."""
+    """Lock a run's folder: an open file, which locks it until it is closed or the process ends.
+    DataError if another process has done so."""
     file = open(out / "lock", "w")
     try:
+        import fcntl  # not on Windows
+
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise geometry.DataError(f"--out {out}: another run is writing there; wait for its end, or "
                                  "name another --out") from None
-    except (OSError, AttributeError) as error:  # a file system without locks; Windows has no fcntl
+    except (OSError, ImportError) as error:
         print(f"warning: {out} cannot be locked ({error}): start no second run there")
     return file
 
@@ -885,8 +882,8 @@ def catch_signals():
 
 
 class Console:
-    """Standard output that ends no run: not by a letter that it lacks, not when it is closed or its
-    reader has gone."""
+    """Standard output that ends no run: neither by a letter that it lacks, nor when it is closed or
+    its reader has gone."""
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")
@@ -900,11 +897,8 @@ class Console:
         except (OSError, ValueError):
             self.stream = open(os.devnull, "w")
 
-    def flush(self):
-        """Nothing is left to be written."""
-
-    def isatty(self):
-        return self.stream.isatty()
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 def main(argv=None):

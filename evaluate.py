@@ -1002,8 +1002,8 @@ def gather(items):
 
 
 class Console:
-    """Standard output that ends no run: not by a letter that it lacks, not when it is closed or its
-    reader has gone."""
+    """Standard output that ends no run: neither by a letter that it lacks, nor when it is closed or
+    its reader has gone."""
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")
@@ -1017,11 +1017,8 @@ class Console:
         except (OSError, ValueError):
             self.stream = open(os.devnull, "w")
 
-    def flush(self):
-        """Nothing is left to be written."""
-
-    def isatty(self):
-        return self.stream.isatty()
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 class Skipped(list):

@@ -448,9 +448,9 @@ def test_one_run_a_folder(trainers, tmp_path, monkeypatch):
     done = run(tmp_path, *flags)
     assert done.returncode == 1 and "--out out: another run is writing" in done.stdout
     first.close()
-    for fcntl, warning in ((pasta.fcntl, False), (None, True), (argparse.Namespace(
+    for fcntl, warning in ((sys.modules["fcntl"], False), (None, True), (argparse.Namespace(
             LOCK_EX=2, LOCK_NB=4, flock=lambda *_: os.open("/none/such", 0)), True)):
-        monkeypatch.setattr(pasta, "fcntl", fcntl)
+        monkeypatch.setitem(sys.modules, "fcntl", fcntl)
         done = run(tmp_path, *flags)
         assert done.returncode == 0 and ("warning: out cannot be locked" in done.stdout) == warning
 
@@ -484,8 +484,7 @@ def test_a_reader_that_has_gone(trainers, tmp_path):
     done = conftest.run("gone.py", tmp_path, tmp_path, *trainers["pasta"].flags, "--steps", 1,
                         env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
     assert done.returncode == 0 and (tmp_path / "out/model.safetensors").exists(), done.stdout
-    closed = io.StringIO()
-    closed.close()
+    (closed := io.StringIO()).close()
     for stream in (None, argparse.Namespace(write=str, flush=str, isatty=bool), closed):
         print("said", file=pasta.Console(stream))
     assert not pasta.Console(None).isatty()
