@@ -76,7 +76,8 @@ def parse_response(text):
 def _block(text, tag):
     """What stands between <tag> and </tag>, stripped; None if either is not there exactly once, or
     in the wrong order, or nothing is between them."""
-    opening, closing = f"<{tag}>", f"</{tag}>"
+    opening = f"<{tag}>"
+    closing = f"</{tag}>"
     if not isinstance(text, str) or text.count(opening) != 1 or text.count(closing) != 1:
         return None
     inside = text[text.index(opening) + len(opening):text.index(closing)]
@@ -127,24 +128,32 @@ def action_reward(text, gold_actions, tau_t=1.0, tau_r=30.0):  # not in the pape
         return 0.0
     # "Each action list is converted into a relative camera pose (R, t) by composing the rotations
     # and translations specified by the plan."
-    with np.errstate(all="ignore"):  # steps of 1e299 metres are finite, their square is not
-        total = sum(float(_similarity(*map(geometry.pose_from_actions, (actions[pair], plan)),
-                                      tau_t, tau_r))
-                    for pair, plan in gold_actions.items() if pair in actions)
+    total = 0.0
+    for pair, gold_plan in gold_actions.items():
+        if pair in actions:
+            pose = geometry.pose_from_actions(actions[pair])
+            gold_pose = geometry.pose_from_actions(gold_plan)
+            total += float(_similarity(pose, gold_pose, tau_t, tau_r))
     return total / len(gold_actions)  # not in the paper: the mean over pairs
 
 
 def _similarity(pose, gold, tau_t, tau_r):
-    """Of poses (..., 4, 4), in [0, 1]; 0 where they are not finite."""
-    d_t, d_r = geometry.pose_error(pose, gold)
-    similarity = np.exp(-d_t / tau_t) * np.exp(-d_r / tau_r)  # Eq. 10
-    # "Optionally, degenerate "stop-like" predicted plans are penalized by setting R_act-acc = 0."
-    # Those that go under a tenth of the way and of the turn.                   # not in the paper
-    stops, asks = True, False
-    for done, asked, least in zip(geometry.pose_error(pose, np.eye(4)), geometry.pose_error(
-            gold, np.eye(4)), (0.01, 1.0)):  # metres and degrees up to which it is rounding
-        stops, asks = stops & (done < np.maximum(0.1 * asked, least)), asks | (asked > least)
-    return np.where(stops & asks, 0.0, np.nan_to_num(similarity))
+    """How close poses (..., 4, 4) come to gold poses, in [0, 1]; 0 where they are not finite."""
+    with np.errstate(all="ignore"):  # steps of 1e299 metres are finite, their square is not
+        d_t, d_r = geometry.pose_error(pose, gold)
+        similarity = np.exp(-d_t / tau_t) * np.exp(-d_r / tau_r)  # Eq. 10
+        # "Optionally, degenerate "stop-like" predicted plans are penalized by setting
+        # R_act-acc = 0." Those that go under a tenth of the way and of the turn.
+        moved, turned = geometry.pose_error(pose, np.eye(4))
+        gold_moved, gold_turned = geometry.pose_error(gold, np.eye(4))
+        stays = moved < np.maximum(0.1 * gold_moved, ROUNDING_M)  # not in the paper
+        looks_on = turned < np.maximum(0.1 * gold_turned, ROUNDING_DEG)
+    gold_goes = (gold_moved > ROUNDING_M) | (gold_turned > ROUNDING_DEG)
+    return np.where(stays & looks_on & gold_goes, 0.0, np.nan_to_num(similarity))
+
+
+ROUNDING_M = 0.01  # what a plan's rounding leaves of a pose that stays where it is
+ROUNDING_DEG = 1.0
 
 
 # ------------------------------------------------------------------ C.3, answer accuracy reward
@@ -162,15 +171,25 @@ def answer_reward(prediction, gold, task, kind):
     # "If either is missing or the required structure cannot be parsed, the reward is set to 0."
     if not isinstance(prediction, str) or not isinstance(gold, str):
         return 0.0
-    prediction, gold = prediction.strip(), gold.strip()
+    prediction = prediction.strip()
+    gold = gold.strip()
     if not prediction or not gold or len(prediction) > LONGEST_ANSWER:
         return 0.0
-    metric = selection if kind == "select" else next(
-        (its for name, its in METRICS.items() if task.startswith(name)), None)
+    metric = _metric_of(task, kind)
     if metric is None:
         metric = numeric if len(_numbers(gold)) == 1 else exact
         warnings.warn(f"appendix C.3 has no metric for {task} ({kind}): {metric.__name__} is used")
     return float(metric(prediction, gold))
+
+
+def _metric_of(task, kind):
+    """The function of (prediction, gold) that scores these questions; None if there is none."""
+    if kind == "select":
+        return selection
+    for beginning, metric in METRICS.items():
+        if task.startswith(beginning):
+            return metric
+    return None
 
 
 LONGEST_ANSWER = 1000  # characters; the longest gold (view_change_infer) has 80  # not in the paper
@@ -179,14 +198,16 @@ LONGEST_ANSWER = 1000  # characters; the longest gold (view_change_infer) has 80
 def selection(prediction, gold):
     """ "For multiple-choice questions, we use an exact-match criterion with a permissive
     first-character rule, allowing predictions such as "C. ..." to match the gold answer "C"." """
-    prediction, gold = prediction.lower(), gold.lower()  # case does not count; not in the paper
+    prediction = prediction.lower()  # case does not count; not in the paper
+    gold = gold.lower()
     return prediction == gold or prediction[0] == gold
 
 
 def numeric(prediction, gold):
     """ "For numerical fill questions, we use Mean Relative Accuracy (MRA). Both must contain
     exactly one numeric value; otherwise the reward is 0." """
-    p, g = _numbers(prediction), _numbers(gold)
+    p = _numbers(prediction)
+    g = _numbers(gold)
     return mean_relative_accuracy(p[0], g[0]) if len(p) == len(g) == 1 else 0.0
 
 
@@ -204,7 +225,8 @@ THRESHOLDS = np.linspace(0.5, 0.95, 10)
 def position_matching(prediction, gold):
     """ "Intersection-over-Union (IoU) between predicted and gold bounding boxes." x1, y1, x2,
     y2."""
-    p, g = _numbers(prediction), _numbers(gold)
+    p = _numbers(prediction)
+    g = _numbers(gold)
     if len(p) != 4 or len(g) != 4:
         return 0.0
     common = _area([max(p[0], g[0]), max(p[1], g[1]), min(p[2], g[2]), min(p[3], g[3])])
@@ -231,7 +253,8 @@ def camera_motion(prediction, gold):
     """ "Camera motion inference: a weighted combination of Gaussian scores over normalized 2D
     position error and relative depth error." Texts hold x and y of 0..1000 and a depth in
     metres."""
-    p, g = _numbers(prediction), _numbers(gold)
+    p = _numbers(prediction)
+    g = _numbers(gold)
     if len(p) != 3 or len(g) != 3:
         return 0.0
     d_xy = math.hypot(p[0] - g[0], p[1] - g[1]) / 1000
@@ -249,7 +272,8 @@ AXES = (("move_right", "move_left"), ("move_up", "move_down"), ("move_forward", 
 def view_change(prediction, gold):
     """ "Motion parameters are parsed into a fixed set of canonical dimensions, and MRA is computed
     independently for each dimension and then averaged." Errors are relative to the gold."""
-    p, g = _motion(prediction), _motion(gold)
+    p = _motion(prediction)
+    g = _motion(gold)
     if p is None or g is None:
         return 0.0
     return sum(mean_relative_accuracy(p[axis], g[axis]) for axis in AXES) / len(AXES)
@@ -271,10 +295,14 @@ def _motion(text):
 
 def camera_turn(prediction, gold):
     """Actial's viewpoint question, "right 20": 0 for the wrong way, else MRA of the degrees."""
-    p, g = (re.fullmatch(r"(left|right) ([0-9]{1,3})", text.lower()) for text in (prediction, gold))
+    p = TURN.fullmatch(prediction.lower())
+    g = TURN.fullmatch(gold.lower())
     if not p or not g or p[1] != g[1]:
         return 0.0
     return mean_relative_accuracy(float(p[2]), float(g[2]))
+
+
+TURN = re.compile(r"(left|right) ([0-9]{1,3})")
 
 
 def exact(prediction, gold):
