@@ -26,6 +26,7 @@ Beyond the paper: the choices tagged "not in the paper" on their lines; the READ
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -325,13 +326,16 @@ class Recompute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        inputs = [its.detach().requires_grad_(needs)
-                  for its, needs in zip(ctx.saved_tensors, ctx.needs_input_grad[1:])]
+        inputs = []
+        for tensor, needs_grad in zip(ctx.saved_tensors, ctx.needs_input_grad[1:]):
+            inputs.append(tensor.detach().requires_grad_(needs_grad))
         with torch.enable_grad():
             outputs = ctx.run(*inputs)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        torch.autograd.backward(*zip(*(its for its in zip(outputs, grads) if its[1] is not None)))
-        return None, *(its.grad for its in inputs)
+        if not isinstance(outputs, tuple):
+            outputs = (outputs,)
+        used = [k for k, grad in enumerate(grads) if grad is not None]
+        torch.autograd.backward([outputs[k] for k in used], [grads[k] for k in used])
+        return None, *(tensor.grad for tensor in inputs)  # None: of `run`
 
 
 def recompute_in_backward(block):
@@ -434,9 +438,13 @@ def save_checkpoint(out, state, optimizer):
     state |= {"files": files, "t": optimizer.t, "good": optimizer.good, "scale": optimizer.scale,
               "missed": optimizer.missed}
     for kind, file in files.items():
-        save_file({name: (master.detach() if kind == "master" else adam.state[master].get(
-            kind, torch.zeros_like(master))).cpu()
-            for name, (_, master, adam) in optimizer.tensors.items()}, out / file)
+        tensors = {}
+        for name, (_, master, adam) in optimizer.tensors.items():
+            tensor = master.detach()
+            if kind != "master":  # there is no moment before the first update
+                tensor = adam.state[master].get(kind, torch.zeros_like(tensor))
+            tensors[name] = tensor.cpu()
+        save_file(tensors, out / file)
     (out / "checkpoint.tmp").write_text(json.dumps(state))
     if hasattr(os, "sync"):  # not on Windows
         os.sync()
@@ -461,8 +469,9 @@ def read_checkpoint(out):
 
 
 def settle(p, argv, values):
-    """Arguments: those given, `values` for the others; with --resume the checkpoint's, but for what
-    lengthens the run or changes no number."""
+    """The arguments of a run. What the command line gives wins; `values` stand for the rest. With
+    --resume the checkpoint's win over `values`, and the command line may differ from them only in
+    what lengthens the run or changes no number: any other difference is an error."""
     p.set_defaults(**values)
     args = p.parse_args(argv)
     if args.resume:
@@ -483,9 +492,12 @@ def settle(p, argv, values):
 
 
 def begin(args, walk, source):
-    """What a checkpoint holds beside the optimiser: arguments, and fingerprints of data and start
-    model; the state to resume from, {} for a new run; and what keeps --out locked while it is held.
-    DataError where --out is not this run's.
+    """Make or find --out, and see that it is this run's. DataError if it is not.
+
+    Returns the run's identity, which every checkpoint holds: its arguments, and fingerprints of
+    data and start model, whose files are read whole for it, since a resumed run on other samples or
+    weights would be wrong without a word; the state to resume from, {} for a new run; and what
+    keeps --out locked while it is held.
     """
     out = Path(args.out)
     if out.resolve() == source.resolve():
@@ -494,19 +506,21 @@ def begin(args, walk, source):
     first = not dist.is_initialized() or dist.get_rank() == 0
     lock = lock_folder(out) if first else None
     state = read_checkpoint(out)
-    now = {"args": vars(args), "data": geometry.fingerprint(walk.samples.files),
-           "model": geometry.fingerprint(weight_files(source))}
-    wrong = None
-    if args.resume and (other := [its for its in ("data", "model") if state[its] != now[its]]):
-        wrong = f"was begun with another --{other[0]} than {getattr(args, other[0])}; name that"
-    elif not args.resume and state and state["step"] < state["args"]["steps"]:
-        wrong = (f"holds a run stopped at step {state['step']} of {state['args']['steps']}; go on "
-                 "with --resume, or remove its checkpoint.json to start over")
-    if wrong:
-        raise geometry.DataError(f"--out {out} {wrong}")
-    if first and not args.resume:
+    identity = {"args": vars(args), "data": geometry.fingerprint(walk.samples.files),
+                "model": geometry.fingerprint(weight_files(source))}
+    if args.resume:
+        for name in ("data", "model"):
+            if state[name] != identity[name]:
+                raise geometry.DataError(f"--out {out} was begun with another --{name} than "
+                                         f"{getattr(args, name)}; name that")
+        return identity, state, lock
+    if state and state["step"] < state["args"]["steps"]:
+        raise geometry.DataError(
+            f"--out {out} holds a run stopped at step {state['step']} of {state['args']['steps']}; "
+            "go on with --resume, or remove its checkpoint.json to start over")
+    if first:
         (out / "checkpoint.json").unlink(missing_ok=True)  # of a run that has ended
-    return now, state if args.resume else {}, lock
+    return identity, {}, lock
 
 
 def lock_folder(out):
@@ -528,26 +542,28 @@ def lock_folder(out):
 def find_model(name):
     """A complete 16- or 32-bit model: its directory, `name` or the hub's copy, and {plain name:
     (numbers, dtype as the file calls it)} of its tensors, from the files' headers."""
-    path = file = Path(name)
-    headers = {}
+    path = Path(name)
     if name in MADE_BY and not (path / "config.json").exists():
         raise geometry.DataError(f"{name}: not there yet; run `{MADE_BY[name]}` first")
+    file = path  # the one that is being read, for the error
+    headers = {}
     try:
         if not path.is_dir():
-            path = file = Path(snapshot_download(name, allow_patterns=[
+            path = Path(snapshot_download(name, allow_patterns=[
                 "*.json", "*.txt", "*.jinja", "*.safetensors"]))
+        file = path
         config = json.loads((path / "config.json").read_text())
         for file in weight_files(path):
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():
-                    its = tensors.get_slice(key)
-                    headers[plain(key)] = math.prod(its.get_shape()), its.get_dtype()
+                    header = tensors.get_slice(key)
+                    headers[plain(key)] = math.prod(header.get_shape()), header.get_dtype()
     except (OSError, ValueError, KeyError, SafetensorError) as error:  # the hub's are among these
         raise geometry.DataError(f"{file}: no complete model directory, and none on the hub "
                                  f"({str(error).strip().splitlines()[0]})") from None
     if "quantization_config" in config:
         raise geometry.DataError(f"{path}: its weights are quantised; take the 16-bit model")
-    if not any((path / its).exists() for its in ("tokenizer.json", "vocab.json")):
+    if not (path / "tokenizer.json").exists() and not (path / "vocab.json").exists():
         raise geometry.DataError(f"{path}: has no tokenizer.json; copy the tokenizer's files from "
                                  "the model that it was made of")
     return path, headers
@@ -576,7 +592,8 @@ def load_model(path, headers):
             path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
         # control tokens in texts are text; set once, since threads share the tokenizer
         tokenizer = AutoTokenizer.from_pretrained(path, split_special_tokens=True)
-        if lacking := sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"]))):
+        lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+        if lacking:
             raise ValueError(f"{len(lacking)} tensors are missing or have another shape than "
                              f"config.json says, {lacking[0]} among them")
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -602,14 +619,17 @@ def save_model(model, source, out, optimizer):
     incoming.mkdir()
     for file in source.iterdir():
         if file in weight_files(source):
-            tensors = {key: trained[name].to("cpu", its.dtype, copy=True)
-                       if (name := plain(key)) in trained else its
-                       for key, its in load_file(file).items()}
+            tensors = load_file(file)
+            for key, tensor in tensors.items():
+                if plain(key) in trained:
+                    tensors[key] = trained[plain(key)].to("cpu", tensor.dtype, copy=True)
             save_file(tensors, incoming / file.name, {"format": "pt"})
         elif file.suffix in (".json", ".txt", ".jinja") and file.name != "checkpoint.json":
             shutil.copyfile(file, incoming / file.name)
-    for file in (*out.glob("model*.safetensors*"), *incoming.iterdir()):
-        file.unlink() if file.parent == out else os.replace(file, out / file.name)
+    for file in out.glob("model*.safetensors*"):
+        file.unlink()
+    for file in incoming.iterdir():
+        os.replace(file, out / file.name)
     incoming.rmdir()
 
 
@@ -618,9 +638,11 @@ def start_processes(precision):
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
         raise geometry.DataError("srun started several processes that do not know of each other: "
                                  "let it start one, torchrun --nproc_per_node N ...")
-    device, best = torch.device("cpu"), "fp32"
+    device = torch.device("cpu")
+    best = "fp32"
     try:
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        rank = int(os.environ.get("RANK", 0))
+        world = int(os.environ.get("WORLD_SIZE", 1))
         if torch.cuda.is_available():
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
@@ -646,39 +668,49 @@ def gather(items):
     if dist.is_initialized():
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, items)
-    return [item for its in everyone for item in its]
+    return list(itertools.chain(*everyone))
 
 
 def memory_line(weights, trained, tokens, dtype, device, offload=False, pixels=0):
-    """What a run takes, said before it is taken, and what to do if less is there.
+    """A line that says how much memory a run will take, and what to do if less is free.
 
-    weights: how many numbers all weights are; trained: how many each trained tensor is, with fp32
-    master, gradient and two moments; on the host a tenth more, which freed tensors leave unusable.
-    The largest one's update, activations of `tokens` and the libraries come on top; on the host,
-    held-out pictures of so many pixels and, where masters are on a GPU, the copy of them that a
-    checkpoint is written from.
+    weights: how many numbers all weights are; trained: how many each trained tensor is; tokens: how
+    many the activations are of; pixels: of the held-out pictures. By arithmetic: a trained number
+    has an fp32 master, a gradient and two moments; the largest tensor's update takes two more of
+    it; a token 256 KiB; the libraries 0.3 GiB. On the host a tenth of the state comes on top, which
+    freed tensors leave unusable, and where masters are on a GPU their copy, which a checkpoint is
+    written from.
     """
-    state = sum(trained) * (12 if dtype == torch.float32 and not offload else 16)
-    work = dtype.itemsize * (weights + 2 * max(trained, default=0)) + tokens * 2**18 + 0.3 * 2**30
+    masters_are_weights = dtype == torch.float32 and not offload
+    state = sum(trained) * (12 if masters_are_weights else 16)
+    libraries = 0.3 * 2**30
+    work = dtype.itemsize * (weights + 2 * max(trained, default=0)) + tokens * 2**18 + libraries
     heldout = 6 * dtype.itemsize * pixels  # three colours; the encoder takes each picture twice
-    need, free = {"host": work + 1.1 * state + heldout}, {}
+    free = {}
+    if device.type == "cpu":
+        need = {"host": work + 1.1 * state + heldout}
+    elif offload:
+        need = {"GPU": work, "host": 1.1 * state + heldout + libraries}
+    else:
+        need = {"GPU": work + state, "host": 4 * sum(trained) + heldout + libraries}
     if device.type == "cuda":
-        on_gpu, on_host = (0, 1.1 * state) if offload else (state, 4 * sum(trained))
-        need = {"GPU": work + on_gpu, "host": on_host + heldout + 0.3 * 2**30}
         free["GPU"] = torch.cuda.mem_get_info(device)[0]
-    info = Path("/proc/meminfo")  # of Linux
-    if info.exists() and (found := re.search(r"MemAvailable: *(\d+)", info.read_text())):
-        free["host"] = 1024 * int(found[1])
-    less = any(need[where] > free.get(where, math.inf) for where in need)
-    return "memory  " + ", ".join(f"{where} {need[where] / 2**30:.1f} GiB" for where in need) + (
-        ", more than is free: --freeze, --offload (on a GPU), fewer --max-pixels take less" * less)
+    if Path("/proc/meminfo").exists():  # Linux
+        available = re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())
+        if available:
+            free["host"] = 1024 * int(available[1])
+    line = "memory  " + ", ".join(f"{where} {need[where] / 2**30:.1f} GiB" for where in need)
+    if any(need[where] > free.get(where, math.inf) for where in need):
+        line += ", more than is free: --freeze, --offload (on a GPU), fewer --max-pixels take less"
+    return line
 
 
 def open_log(path, args, step):
     """Begin a log with arguments and versions; of a resumed run keep the lines up to `step`."""
     lines = path.read_text().splitlines()[1:] if args.resume and path.exists() else []
-    head = {"args": vars(args), "versions": {"python": platform.python_version(), **{
-        its.__name__: its.__version__ for its in (torch, transformers, np)}}}
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "transformers": transformers.__version__, "numpy": np.__version__}
+    head = {"args": vars(args), "versions": versions}
     kept = [line for line in lines if step_of(line) <= step]
     path.write_text("".join(f"{line}\n" for line in (strict_json(head), *kept)))
 

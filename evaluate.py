@@ -905,26 +905,28 @@ def count_sound(sound, L, ids, logits):
 def find_model(name):
     """A complete 16- or 32-bit model: its directory, `name` or the hub's copy, and {plain name:
     (numbers, dtype as the file calls it)} of its tensors, from the files' headers."""
-    path = file = Path(name)
-    headers = {}
+    path = Path(name)
     if name in MADE_BY and not (path / "config.json").exists():
         raise geometry.DataError(f"{name}: not there yet; run `{MADE_BY[name]}` first")
+    file = path  # the one that is being read, for the error
+    headers = {}
     try:
         if not path.is_dir():
-            path = file = Path(snapshot_download(name, allow_patterns=[
+            path = Path(snapshot_download(name, allow_patterns=[
                 "*.json", "*.txt", "*.jinja", "*.safetensors"]))
+        file = path
         config = json.loads((path / "config.json").read_text())
         for file in weight_files(path):
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():
-                    its = tensors.get_slice(key)
-                    headers[plain(key)] = math.prod(its.get_shape()), its.get_dtype()
+                    header = tensors.get_slice(key)
+                    headers[plain(key)] = math.prod(header.get_shape()), header.get_dtype()
     except (OSError, ValueError, KeyError, SafetensorError) as error:  # the hub's are among these
         raise geometry.DataError(f"{file}: no complete model directory, and none on the hub "
                                  f"({str(error).strip().splitlines()[0]})") from None
     if "quantization_config" in config:
         raise geometry.DataError(f"{path}: its weights are quantised; take the 16-bit model")
-    if not any((path / its).exists() for its in ("tokenizer.json", "vocab.json")):
+    if not (path / "tokenizer.json").exists() and not (path / "vocab.json").exists():
         raise geometry.DataError(f"{path}: has no tokenizer.json; copy the tokenizer's files from "
                                  "the model that it was made of")
     return path, headers
@@ -953,7 +955,8 @@ def load_model(path, headers):
             path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
         # control tokens in texts are text; set once, since threads share the tokenizer
         tokenizer = AutoTokenizer.from_pretrained(path, split_special_tokens=True)
-        if lacking := sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"]))):
+        lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+        if lacking:
             raise ValueError(f"{len(lacking)} tensors are missing or have another shape than "
                              f"config.json says, {lacking[0]} among them")
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -970,9 +973,11 @@ def start_processes(precision):
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
         raise geometry.DataError("srun started several processes that do not know of each other: "
                                  "let it start one, torchrun --nproc_per_node N ...")
-    device, best = torch.device("cpu"), "fp32"
+    device = torch.device("cpu")
+    best = "fp32"
     try:
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        rank = int(os.environ.get("RANK", 0))
+        world = int(os.environ.get("WORLD_SIZE", 1))
         if torch.cuda.is_available():
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
@@ -998,7 +1003,7 @@ def gather(items):
     if dist.is_initialized():
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, items)
-    return [item for its in everyone for item in its]
+    return list(itertools.chain(*everyone))
 
 
 class Console:

@@ -136,14 +136,16 @@ def cell_features(tokens, n):
     counts for each side by its share, and any h and w will do.
     """
     h, w, D = tokens.shape
-    A_h, A_w = cell_weights(h, n, tokens.device), cell_weights(w, n, tokens.device)
+    A_h = cell_weights(h, n, tokens.device)  # (n, h)
+    A_w = cell_weights(w, n, tokens.device)  # (n, w)
     return torch.einsum("ah,hwd,bw->abd", A_h, tokens.float(), A_w).reshape(n * n, D)
 
 
 def cell_weights(length, n, device):
     """(n, length): the share of cell k that each of `length` equal tokens fills; rows sum to 1."""
     edges = torch.arange(n + 1, device=device) * (length / n)
-    low, high = edges[:-1, None], edges[1:, None]
+    low = edges[:-1, None]
+    high = edges[1:, None]
     token = torch.arange(length, device=device)
     return (torch.minimum(high, token + 1) - torch.maximum(low, token)).clamp(min=0) * (n / length)
 
@@ -165,13 +167,17 @@ def directional_loss(S, e_x, e_y, tau1, tau2, skip_empty=False):
     The cross-entropy cannot fall below H(p), so what says how far training got is the excess
     CE - H(p), the Kullback-Leibler divergence. skip_empty: average over patches with overlap only.
     """
-    p, log_q = target_distribution(S, tau1), log_prediction(e_x, e_y, tau2)
+    p = target_distribution(S, tau1)
+    log_q = log_prediction(e_x, e_y, tau2)
     CE = -(p * log_q).sum(-1)  # (P,)
     H = -(p * p.clamp(min=1e-30).log()).sum(-1)  # (P,)
-    rows = S.amax(-1) > 0 if skip_empty else torch.ones_like(CE, dtype=torch.bool)
-    if not rows.any():
-        return CE.sum() * 0, H.sum() * 0
-    return CE[rows].mean(), H[rows].mean()  # Eq. 5
+    if skip_empty:
+        rows = S.amax(-1) > 0
+        if not rows.any():
+            return CE.sum() * 0, H.sum() * 0
+        CE = CE[rows]
+        H = H[rows]
+    return CE.mean(), H.mean()  # Eq. 5
 
 
 def alignment_loss(e, pairs, count, args):
@@ -188,13 +194,14 @@ def alignment_loss(e, pairs, count, args):
 def encode(encoder, pixels, grids, n):
     """Patch features of V images, sizes may differ: pixels (all patches, 1176), grids (V, 3) of
     frames, rows and columns of patches, as the image processor has them -> list of e (P, D)."""
-    device, merge = encoder.patch_embed.proj.weight.device, encoder.config.spatial_merge_size
+    device = encoder.patch_embed.proj.weight.device
+    merge = encoder.config.spatial_merge_size
     # not in the paper, which features: pooler_output, what the language model reads, is in raster
     # order; last_hidden_state in that of attention windows, which shows in larger images only
     tokens = encoder(pixels.to(device), grid_thw=grids.to(device)).pooler_output  # (sum of h w, D)
     sizes = [(h // merge, w // merge) for _, h, w in grids.tolist()]
-    maps = tokens.split([h * w for h, w in sizes])
-    return [cell_features(its.view(h, w, -1), n) for its, (h, w) in zip(maps, sizes)]
+    images = tokens.split([h * w for h, w in sizes])
+    return [cell_features(image.view(h, w, -1), n) for image, (h, w) in zip(images, sizes)]
 
 
 def matches(S, e_x, e_y):
@@ -216,11 +223,12 @@ def prepare(sample, args, processor, dtype=torch.float32):
     """What a step needs of a sample: its views, the encoder's pixels, in dtype, and grids, and the
     (x, y, S) of all pairs of its views, x < y. Raises DataError if one of them cannot be used."""
     views = sample.views()
+    pairs = []
     try:
         images = processor(images=[view.image for view in views], return_tensors="pt")
-        pairs = [(x, y, torch.from_numpy(geometry.correspondence(
-            views[x], views[y], args.grid, args.t, args.t_rel)).float())
-            for x, y in itertools.combinations(range(len(views)), 2)]
+        for x, y in itertools.combinations(range(len(views)), 2):
+            S = geometry.correspondence(views[x], views[y], args.grid, args.t, args.t_rel)
+            pairs.append((x, y, torch.from_numpy(S).float()))
     except (ValueError, TypeError) as error:  # a picture longer than 200 : 1, too few pixels
         raise geometry.DataError(f"{sample.id}: {error}") from None
     return views, images["pixel_values"].to(dtype), images["image_grid_thw"], pairs
@@ -228,16 +236,18 @@ def prepare(sample, args, processor, dtype=torch.float32):
 
 def heldout_pairs(walk, count):
     """`count` different held-out pairs of frames, or as many as there are: Samples of two views."""
-    found = {}
+    by_images = {}
     for sample in islice(walk.heldout(), 1000 + 20 * count):
         for x, y in itertools.combinations(range(len(sample.images)), 2):
             images = [sample.images[x], sample.images[y]]
+            depths = [sample.depths[x], sample.depths[y]]
             if walk.own_val or geometry.held_out(images):
-                found.setdefault(frozenset(images), dataclasses.replace(
-                    sample, images=images, depths=[sample.depths[x], sample.depths[y]]))
+                pair = dataclasses.replace(sample, images=images, depths=depths)
+                by_images.setdefault(frozenset(images), pair)
+    pairs = list(by_images.values())
     # in random order, so that the first few show different scenes
-    found, order = list(found.values()), np.random.default_rng(0).permutation(len(found))
-    return [found[k] for k in order[:count]]
+    order = np.random.default_rng(0).permutation(len(pairs))
+    return [pairs[k] for k in order[:count]]
 
 
 # ----------------------------------------------------------------------- looking at what it learnt
@@ -252,23 +262,27 @@ def evaluate(encoder, heldout, args, start_features=None):
     start, |e - e_start| / |e_start|; the frozen language model has not seen the new ones.
     """
     right = total = 0
-    sums, features, first = torch.zeros(2), [], []
+    sums = torch.zeros(2)  # of the loss and its excess
+    features = []
+    shown = []
     for _, pixels, grids, pairs in heldout:
-        (x, y, S), = pairs
+        ((x, y, S),) = pairs
         with torch.no_grad():
-            e = [its.cpu() for its in encode(encoder, pixels, grids, args.grid)]
+            e = [one.cpu() for one in encode(encoder, pixels, grids, args.grid)]
             sums += torch.stack(alignment_loss(e, pairs, len(heldout), args))
-        both = matches(S, e[x], e[y]), matches(S.T, e[y], e[x])
-        for guess, _, gold, overlaps in both:
+        forth = matches(S, e[x], e[y])
+        back = matches(S.T, e[y], e[x])
+        for guess, _, gold, overlaps in (forth, back):
             right += int((guess == gold)[overlaps].sum())
             total += int(overlaps.sum())
         features.append(torch.stack(e))
-        first += [both[0]] if len(first) < 3 else []
+        shown.append(forth)
     features = torch.stack(features)  # (pairs, 2, P, D)
     start = features if start_features is None else start_features
-    return {"match_accuracy": right / max(total, 1), "chance": 1 / args.grid**2,
-            "drift": float((features - start).norm() / start.norm()),
-            "heldout_loss": float(sums[0]), "heldout_excess": float(sums[1])}, features, first
+    record = {"match_accuracy": right / max(total, 1), "chance": 1 / args.grid**2,
+              "drift": float((features - start).norm() / start.norm()),
+              "heldout_loss": float(sums[0]), "heldout_excess": float(sums[1])}
+    return record, features, shown[:3]
 
 
 def draw_matches(path, heldout, before, after, n):
@@ -277,8 +291,11 @@ def draw_matches(path, heldout, before, after, n):
     Lines join the up to 12 patches of the first view that are surest of their match (and have a
     true one) to their match in the second view: green if that patch overlaps most, red if not.
     """
-    rows = [np.hstack([match_panel("before", views, b, n), match_panel("after", views, a, n)])
-            for (views, *_), b, a in zip(heldout, before, after)]
+    rows = []
+    for (views, *_), matched_before, matched_after in zip(heldout, before, after):
+        left = match_panel("before", views, matched_before, n)
+        right = match_panel("after", views, matched_after, n)
+        rows.append(np.hstack([left, right]))
     Image.fromarray(np.vstack(rows)).save(path)
 
 
@@ -286,18 +303,22 @@ def match_panel(title, views, matched, n, side=260, head=24, gap=7):
     """Two views side by side, made square, with their cells and lines between surest matches."""
     guess, similarity, gold, overlaps = matched
     panel = Image.new("RGB", (2 * (side + 2 * gap), side + head + gap), "white")
-    draw, lefts = ImageDraw.Draw(panel), (gap, side + 2 * gap)
+    draw = ImageDraw.Draw(panel)
+    lefts = (gap, side + 2 * gap)
     for view, left in zip(views, lefts):
         panel.paste(Image.fromarray(view.image).resize((side, side)), (left, head))
-        for at in (k * side // n for k in range(1, n)):
+        for k in range(1, n):
+            at = k * side // n
             draw.line([left + at, head, left + at, head + side], fill=(190, 190, 190))
             draw.line([left, head + at, left + side, head + at], fill=(190, 190, 190))
-    surest = similarity.masked_fill(~overlaps, -2.0).argsort(descending=True)[
-        :min(12, int(overlaps.sum()))]
+    surest = similarity.masked_fill(~overlaps, -2.0).argsort(descending=True)
+    surest = surest[:min(12, int(overlaps.sum()))]
     for i in surest.tolist():
         apart = ((i % n + 0.5) / n - 0.5) * 0.5  # or lines along a row would hide each other
-        ends = [(left + (cell % n + 0.5) * side / n, head + (cell // n + 0.5 + apart) * side / n)
-                for cell, left in zip((i, int(guess[i])), lefts)]
+        ends = []
+        for cell, left in zip((i, int(guess[i])), lefts):
+            row, column = divmod(cell, n)
+            ends.append((left + (column + 0.5) * side / n, head + (row + 0.5 + apart) * side / n))
         colour = (20, 170, 60) if guess[i] == gold[i] else (220, 40, 40)
         draw.line(ends, fill="white", width=5)
         draw.line(ends, fill=colour, width=3)
@@ -412,13 +433,16 @@ class Recompute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        inputs = [its.detach().requires_grad_(needs)
-                  for its, needs in zip(ctx.saved_tensors, ctx.needs_input_grad[1:])]
+        inputs = []
+        for tensor, needs_grad in zip(ctx.saved_tensors, ctx.needs_input_grad[1:]):
+            inputs.append(tensor.detach().requires_grad_(needs_grad))
         with torch.enable_grad():
             outputs = ctx.run(*inputs)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        torch.autograd.backward(*zip(*(its for its in zip(outputs, grads) if its[1] is not None)))
-        return None, *(its.grad for its in inputs)
+        if not isinstance(outputs, tuple):
+            outputs = (outputs,)
+        used = [k for k, grad in enumerate(grads) if grad is not None]
+        torch.autograd.backward([outputs[k] for k in used], [grads[k] for k in used])
+        return None, *(tensor.grad for tensor in inputs)  # None: of `run`
 
 
 def recompute_in_backward(block):
@@ -521,9 +545,13 @@ def save_checkpoint(out, state, optimizer):
     state |= {"files": files, "t": optimizer.t, "good": optimizer.good, "scale": optimizer.scale,
               "missed": optimizer.missed}
     for kind, file in files.items():
-        save_file({name: (master.detach() if kind == "master" else adam.state[master].get(
-            kind, torch.zeros_like(master))).cpu()
-            for name, (_, master, adam) in optimizer.tensors.items()}, out / file)
+        tensors = {}
+        for name, (_, master, adam) in optimizer.tensors.items():
+            tensor = master.detach()
+            if kind != "master":  # there is no moment before the first update
+                tensor = adam.state[master].get(kind, torch.zeros_like(tensor))
+            tensors[name] = tensor.cpu()
+        save_file(tensors, out / file)
     (out / "checkpoint.tmp").write_text(json.dumps(state))
     if hasattr(os, "sync"):  # not on Windows
         os.sync()
@@ -548,8 +576,9 @@ def read_checkpoint(out):
 
 
 def settle(p, argv, values):
-    """Arguments: those given, `values` for the others; with --resume the checkpoint's, but for what
-    lengthens the run or changes no number."""
+    """The arguments of a run. What the command line gives wins; `values` stand for the rest. With
+    --resume the checkpoint's win over `values`, and the command line may differ from them only in
+    what lengthens the run or changes no number: any other difference is an error."""
     p.set_defaults(**values)
     args = p.parse_args(argv)
     if args.resume:
@@ -570,9 +599,12 @@ def settle(p, argv, values):
 
 
 def begin(args, walk, source):
-    """What a checkpoint holds beside the optimiser: arguments, and fingerprints of data and start
-    model; the state to resume from, {} for a new run; and what keeps --out locked while it is held.
-    DataError where --out is not this run's.
+    """Make or find --out, and see that it is this run's. DataError if it is not.
+
+    Returns the run's identity, which every checkpoint holds: its arguments, and fingerprints of
+    data and start model, whose files are read whole for it, since a resumed run on other samples or
+    weights would be wrong without a word; the state to resume from, {} for a new run; and what
+    keeps --out locked while it is held.
     """
     out = Path(args.out)
     if out.resolve() == source.resolve():
@@ -581,19 +613,21 @@ def begin(args, walk, source):
     first = not dist.is_initialized() or dist.get_rank() == 0
     lock = lock_folder(out) if first else None
     state = read_checkpoint(out)
-    now = {"args": vars(args), "data": geometry.fingerprint(walk.samples.files),
-           "model": geometry.fingerprint(weight_files(source))}
-    wrong = None
-    if args.resume and (other := [its for its in ("data", "model") if state[its] != now[its]]):
-        wrong = f"was begun with another --{other[0]} than {getattr(args, other[0])}; name that"
-    elif not args.resume and state and state["step"] < state["args"]["steps"]:
-        wrong = (f"holds a run stopped at step {state['step']} of {state['args']['steps']}; go on "
-                 "with --resume, or remove its checkpoint.json to start over")
-    if wrong:
-        raise geometry.DataError(f"--out {out} {wrong}")
-    if first and not args.resume:
+    identity = {"args": vars(args), "data": geometry.fingerprint(walk.samples.files),
+                "model": geometry.fingerprint(weight_files(source))}
+    if args.resume:
+        for name in ("data", "model"):
+            if state[name] != identity[name]:
+                raise geometry.DataError(f"--out {out} was begun with another --{name} than "
+                                         f"{getattr(args, name)}; name that")
+        return identity, state, lock
+    if state and state["step"] < state["args"]["steps"]:
+        raise geometry.DataError(
+            f"--out {out} holds a run stopped at step {state['step']} of {state['args']['steps']}; "
+            "go on with --resume, or remove its checkpoint.json to start over")
+    if first:
         (out / "checkpoint.json").unlink(missing_ok=True)  # of a run that has ended
-    return now, state if args.resume else {}, lock
+    return identity, {}, lock
 
 
 def lock_folder(out):
@@ -615,26 +649,28 @@ def lock_folder(out):
 def find_model(name):
     """A complete 16- or 32-bit model: its directory, `name` or the hub's copy, and {plain name:
     (numbers, dtype as the file calls it)} of its tensors, from the files' headers."""
-    path = file = Path(name)
-    headers = {}
+    path = Path(name)
     if name in MADE_BY and not (path / "config.json").exists():
         raise geometry.DataError(f"{name}: not there yet; run `{MADE_BY[name]}` first")
+    file = path  # the one that is being read, for the error
+    headers = {}
     try:
         if not path.is_dir():
-            path = file = Path(snapshot_download(name, allow_patterns=[
+            path = Path(snapshot_download(name, allow_patterns=[
                 "*.json", "*.txt", "*.jinja", "*.safetensors"]))
+        file = path
         config = json.loads((path / "config.json").read_text())
         for file in weight_files(path):
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():
-                    its = tensors.get_slice(key)
-                    headers[plain(key)] = math.prod(its.get_shape()), its.get_dtype()
+                    header = tensors.get_slice(key)
+                    headers[plain(key)] = math.prod(header.get_shape()), header.get_dtype()
     except (OSError, ValueError, KeyError, SafetensorError) as error:  # the hub's are among these
         raise geometry.DataError(f"{file}: no complete model directory, and none on the hub "
                                  f"({str(error).strip().splitlines()[0]})") from None
     if "quantization_config" in config:
         raise geometry.DataError(f"{path}: its weights are quantised; take the 16-bit model")
-    if not any((path / its).exists() for its in ("tokenizer.json", "vocab.json")):
+    if not (path / "tokenizer.json").exists() and not (path / "vocab.json").exists():
         raise geometry.DataError(f"{path}: has no tokenizer.json; copy the tokenizer's files from "
                                  "the model that it was made of")
     return path, headers
@@ -663,7 +699,8 @@ def load_model(path, headers):
             path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
         # control tokens in texts are text; set once, since threads share the tokenizer
         tokenizer = AutoTokenizer.from_pretrained(path, split_special_tokens=True)
-        if lacking := sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"]))):
+        lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+        if lacking:
             raise ValueError(f"{len(lacking)} tensors are missing or have another shape than "
                              f"config.json says, {lacking[0]} among them")
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -689,14 +726,17 @@ def save_model(model, source, out, optimizer):
     incoming.mkdir()
     for file in source.iterdir():
         if file in weight_files(source):
-            tensors = {key: trained[name].to("cpu", its.dtype, copy=True)
-                       if (name := plain(key)) in trained else its
-                       for key, its in load_file(file).items()}
+            tensors = load_file(file)
+            for key, tensor in tensors.items():
+                if plain(key) in trained:
+                    tensors[key] = trained[plain(key)].to("cpu", tensor.dtype, copy=True)
             save_file(tensors, incoming / file.name, {"format": "pt"})
         elif file.suffix in (".json", ".txt", ".jinja") and file.name != "checkpoint.json":
             shutil.copyfile(file, incoming / file.name)
-    for file in (*out.glob("model*.safetensors*"), *incoming.iterdir()):
-        file.unlink() if file.parent == out else os.replace(file, out / file.name)
+    for file in out.glob("model*.safetensors*"):
+        file.unlink()
+    for file in incoming.iterdir():
+        os.replace(file, out / file.name)
     incoming.rmdir()
 
 
@@ -705,9 +745,11 @@ def start_processes(precision):
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
         raise geometry.DataError("srun started several processes that do not know of each other: "
                                  "let it start one, torchrun --nproc_per_node N ...")
-    device, best = torch.device("cpu"), "fp32"
+    device = torch.device("cpu")
+    best = "fp32"
     try:
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        rank = int(os.environ.get("RANK", 0))
+        world = int(os.environ.get("WORLD_SIZE", 1))
         if torch.cuda.is_available():
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
@@ -733,39 +775,49 @@ def gather(items):
     if dist.is_initialized():
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, items)
-    return [item for its in everyone for item in its]
+    return list(itertools.chain(*everyone))
 
 
 def memory_line(weights, trained, tokens, dtype, device, offload=False, pixels=0):
-    """What a run takes, said before it is taken, and what to do if less is there.
+    """A line that says how much memory a run will take, and what to do if less is free.
 
-    weights: how many numbers all weights are; trained: how many each trained tensor is, with fp32
-    master, gradient and two moments; on the host a tenth more, which freed tensors leave unusable.
-    The largest one's update, activations of `tokens` and the libraries come on top; on the host,
-    held-out pictures of so many pixels and, where masters are on a GPU, the copy of them that a
-    checkpoint is written from.
+    weights: how many numbers all weights are; trained: how many each trained tensor is; tokens: how
+    many the activations are of; pixels: of the held-out pictures. By arithmetic: a trained number
+    has an fp32 master, a gradient and two moments; the largest tensor's update takes two more of
+    it; a token 256 KiB; the libraries 0.3 GiB. On the host a tenth of the state comes on top, which
+    freed tensors leave unusable, and where masters are on a GPU their copy, which a checkpoint is
+    written from.
     """
-    state = sum(trained) * (12 if dtype == torch.float32 and not offload else 16)
-    work = dtype.itemsize * (weights + 2 * max(trained, default=0)) + tokens * 2**18 + 0.3 * 2**30
+    masters_are_weights = dtype == torch.float32 and not offload
+    state = sum(trained) * (12 if masters_are_weights else 16)
+    libraries = 0.3 * 2**30
+    work = dtype.itemsize * (weights + 2 * max(trained, default=0)) + tokens * 2**18 + libraries
     heldout = 6 * dtype.itemsize * pixels  # three colours; the encoder takes each picture twice
-    need, free = {"host": work + 1.1 * state + heldout}, {}
+    free = {}
+    if device.type == "cpu":
+        need = {"host": work + 1.1 * state + heldout}
+    elif offload:
+        need = {"GPU": work, "host": 1.1 * state + heldout + libraries}
+    else:
+        need = {"GPU": work + state, "host": 4 * sum(trained) + heldout + libraries}
     if device.type == "cuda":
-        on_gpu, on_host = (0, 1.1 * state) if offload else (state, 4 * sum(trained))
-        need = {"GPU": work + on_gpu, "host": on_host + heldout + 0.3 * 2**30}
         free["GPU"] = torch.cuda.mem_get_info(device)[0]
-    info = Path("/proc/meminfo")  # of Linux
-    if info.exists() and (found := re.search(r"MemAvailable: *(\d+)", info.read_text())):
-        free["host"] = 1024 * int(found[1])
-    less = any(need[where] > free.get(where, math.inf) for where in need)
-    return "memory  " + ", ".join(f"{where} {need[where] / 2**30:.1f} GiB" for where in need) + (
-        ", more than is free: --freeze, --offload (on a GPU), fewer --max-pixels take less" * less)
+    if Path("/proc/meminfo").exists():  # Linux
+        available = re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())
+        if available:
+            free["host"] = 1024 * int(available[1])
+    line = "memory  " + ", ".join(f"{where} {need[where] / 2**30:.1f} GiB" for where in need)
+    if any(need[where] > free.get(where, math.inf) for where in need):
+        line += ", more than is free: --freeze, --offload (on a GPU), fewer --max-pixels take less"
+    return line
 
 
 def open_log(path, args, step):
     """Begin a log with arguments and versions; of a resumed run keep the lines up to `step`."""
     lines = path.read_text().splitlines()[1:] if args.resume and path.exists() else []
-    head = {"args": vars(args), "versions": {"python": platform.python_version(), **{
-        its.__name__: its.__version__ for its in (torch, transformers, np)}}}
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "transformers": transformers.__version__, "numpy": np.__version__}
+    head = {"args": vars(args), "versions": versions}
     kept = [line for line in lines if step_of(line) <= step]
     path.write_text("".join(f"{line}\n" for line in (strict_json(head), *kept)))
 
