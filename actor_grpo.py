@@ -350,16 +350,24 @@ def encode_prompt(tokenizer, processor, pictures, text, name):
     """
     try:
         images = processor(images=pictures, return_tensors="pt")
-        system, line, user, text, assistant = (tokenizer(part)["input_ids"] for part in (
-            "system\nYou are a helpful assistant.", "\n", "user\n", text, "assistant\n"))
+        system = tokenizer("system\nYou are a helpful assistant.")["input_ids"]
+        user = tokenizer("user\n")["input_ids"]
+        text = tokenizer(text)["input_ids"]
+        assistant = tokenizer("assistant\n")["input_ids"]
+        newline = tokenizer("\n")["input_ids"]
     except (ValueError, TypeError) as error:
         raise geometry.DataError(f"{name}: images or text cannot be encoded ({error})") from None
-    start, end, see_start, see_end, patch = tokenizer.convert_tokens_to_ids([
+    control = tokenizer.convert_tokens_to_ids([
         "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"])
-    ids = [start, *system, end, *line, start, *user]
-    for _, h, w in images["image_grid_thw"].tolist():
-        ids += [see_start, *[patch] * (h * w // processor.merge_size**2), see_end]
-    return [*ids, *text, end, *line, start, *assistant], dict(images)
+    im_start, im_end, vision_start, vision_end, image_pad = control
+    ids = [im_start, *system, im_end, *newline]
+    ids += [im_start, *user]
+    for _, h, w in images["image_grid_thw"].tolist():  # in patches, merge_size^2 of them a token
+        tokens = h * w // processor.merge_size**2
+        ids += [vision_start, *[image_pad] * tokens, vision_end]
+    ids += [*text, im_end, *newline]
+    ids += [im_start, *assistant]
+    return ids, dict(images)
 
 
 class Prompt(NamedTuple):
@@ -487,6 +495,15 @@ def recompute_in_backward(block):
     block.forward = lambda hidden, **others: Recompute.apply(partial(run, **others), hidden)
 
 
+class Trained(NamedTuple):
+    """A tensor that trains: the model's own, its fp32 master, the master's AdamW, its lr."""
+
+    weight: torch.nn.Parameter
+    master: torch.nn.Parameter
+    adam: torch.optim.AdamW
+    lr: float
+
+
 class Optimizer:
     """Mixed precision by hand: AdamW on fp32 master copies of what trains in a 16-bit model.
 
@@ -497,24 +514,25 @@ class Optimizer:
     """
 
     def __init__(self, model, args, dtype, device):
-        self.warmup, self.clip = args.warmup, args.clip
-        self.t = self.good = 0  # updates; finite ones in a row
+        self.warmup = args.warmup
+        self.clip = args.clip
+        self.t = 0  # updates
+        self.good = 0  # steps in a row whose gradient was finite
         self.missed = []  # why each step since the last update changed nothing
         self.scale = 2.0**16 if dtype == torch.float16 else 1.0
         self.patience = 5 if self.scale == 1 else 25  # steps in a row; a lower scale may mend it
+        self.tensors = {}  # name: Trained
         home = torch.device("cpu") if args.offload else device
-        self.tensors, self.rates = {}, {}
-        for name, p in model.named_parameters():  # tensor by tensor: nothing ever exists twice
-            trains, master = p.requires_grad, torch.nn.Parameter(p.data)
-            if trains:
-                master.data = p.data.to(home, torch.float32)
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                master = torch.nn.Parameter(p.data.to(home, torch.float32))
+                if dtype == torch.float32 and home == device:
+                    p.data = master.data
                 p.register_post_accumulate_grad_hook(partial(self.take, master))
-                self.rates[name] = args.vision_lr if "visual." in name else args.lr
-                self.tensors[name] = p, master, torch.optim.AdamW(
-                    [master], self.rates[name], args.betas, weight_decay=0, fused=True)
-            shared = trains and dtype == torch.float32 and home == device
-            p.data = master.data if shared else p.data.to(device, dtype)
-        model.to(device)  # the buffers, in their own dtype
+                lr = args.vision_lr if "visual." in name else args.lr
+                adam = torch.optim.AdamW([master], lr, args.betas, weight_decay=0, fused=True)
+                self.tensors[name] = Trained(p, master, adam, lr)
+        place(model, dtype, device)
 
     @staticmethod
     def take(master, p):
@@ -528,53 +546,74 @@ class Optimizer:
 
     def reduce(self):
         """Sum the gradient over processes, undo the scale. Returns its norm, maybe inf or NaN."""
-        masters = [master for _, master, _ in self.tensors.values()]
-        for master in masters:
-            master.grad = torch.zeros_like(master) if master.grad is None else master.grad
+        norms = []
+        for trained in self.tensors.values():
+            master = trained.master
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
             if dist.is_initialized():
                 dist.all_reduce(master.grad)
             master.grad /= self.scale
-        return float(torch.stack([master.grad.norm() for master in masters]).norm())
+            norms.append(master.grad.norm())
+        return float(torch.stack(norms).norm())
 
     def step(self, norm):
-        """One update, the gradient clipped. Returns the norm of the weights' change; None, and
-        changes nothing, if the gradient is not finite."""
-        finite, change = math.isfinite(norm), 0.0
-        self.t, self.good = self.t + finite, self.good + 1 if finite else 0
-        warm = min(1.0, self.t / max(self.warmup, 1))
-        for name, (p, master, adam) in self.tensors.items():
-            if finite:
-                master.grad *= min(1.0, self.clip / (norm + 1e-12))
-                adam.param_groups[0]["lr"] = self.rates[name] * warm
-                before = master.detach().clone()
-                adam.step()
-                change += before.sub_(master.detach()).norm() ** 2
-                p.data.copy_(master.data)
-            master.grad = None
+        """One update, its gradient, whose norm `reduce` returned, clipped. Returns whether it was
+        made: a gradient that is not finite changes nothing."""
+        finite = math.isfinite(norm)
         if finite:
+            self.t += 1
+            self.good += 1
             self.missed = []
-        if self.scale > 1:
-            self.scale *= 0.5 if not finite else 2 if self.good % 1000 == 0 else 1
-        return float(change) ** 0.5 if finite else None
+            shrink = min(1.0, self.clip / (norm + 1e-12))
+            warm = min(1.0, self.t / max(self.warmup, 1))
+            for weight, master, adam, lr in self.tensors.values():
+                master.grad *= shrink
+                adam.param_groups[0]["lr"] = lr * warm
+                adam.step()
+                weight.data.copy_(master.data)
+        else:
+            self.good = 0
+        for trained in self.tensors.values():
+            trained.master.grad = None
+        if self.scale > 1 and not finite:
+            self.scale /= 2
+        elif self.scale > 1 and self.good % 1000 == 0:
+            self.scale *= 2
+        return finite
 
     def load(self, out, state):
         """Continue from what save_checkpoint wrote."""
-        self.t, self.good, self.missed = state["t"], state["good"], state["missed"]
-        self.scale = state["scale"] if min(self.scale, state["scale"]) > 1 else self.scale
+        self.t = state["t"]
+        self.good = state["good"]
+        self.missed = state["missed"]
+        if self.scale > 1 and state["scale"] > 1:
+            self.scale = state["scale"]
         for kind, file in state["files"].items():
             try:
-                with safe_open(out / file, framework="pt") as tensors:
-                    for name, (p, master, adam) in self.tensors.items():
-                        saved = tensors.get_tensor(name)
-                        if kind == "master":
-                            p.data.copy_(master.data.copy_(saved))
-                        else:  # a copy, or the file would stay on the disk when it is deleted
-                            adam.state[master][kind] = saved.to(master.device, copy=True)
-                            adam.state[master]["step"] = torch.tensor(
-                                float(self.t), device=master.device)
+                with safe_open(out / file, framework="pt") as saved:
+                    for name in self.tensors:
+                        self.load_tensor(name, kind, saved.get_tensor(name))
             except (OSError, SafetensorError) as error:
                 raise geometry.DataError(f"{out / file}: this file of the checkpoint cannot be read"
                                          f" ({error}); start over without --resume") from None
+
+    def load_tensor(self, name, kind, saved):
+        weight, master, adam, _ = self.tensors[name]
+        if kind == "master":
+            master.data.copy_(saved)
+            weight.data.copy_(saved)
+        else:  # a copy, or the file would stay on the disk when it is deleted
+            adam.state[master][kind] = saved.to(master.device, copy=True)
+            adam.state[master]["step"] = torch.tensor(float(self.t), device=master.device)
+
+
+def place(model, dtype, device):
+    """Move a model to a device, its weights in dtype, one by one: the whole never exists twice. The
+    buffers, among them the rotary frequencies, keep their own dtype."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device, dtype)
+    model.to(device)
 
 
 def save_checkpoint(out, state, optimizer):
@@ -586,7 +625,7 @@ def save_checkpoint(out, state, optimizer):
               "missed": optimizer.missed}
     for kind, file in files.items():
         tensors = {}
-        for name, (_, master, adam) in optimizer.tensors.items():
+        for name, (_, master, adam, _) in optimizer.tensors.items():
             tensor = master.detach()
             if kind != "master":  # there is no moment before the first update
                 tensor = adam.state[master].get(kind, torch.zeros_like(tensor))
@@ -752,15 +791,37 @@ def load_model(path, headers):
     return model, tokenizer
 
 
+def count_weights(headers, frozen):
+    """(how many numbers all weights are, [of each tensor that trains]) of find_model's headers;
+    frozen: --freeze."""
+    trained = []
+    for name, (numbers, _) in headers.items():
+        part = "vision" if name.startswith("visual.") else "language"
+        if part != frozen:
+            trained.append(numbers)
+    return sum(numbers for numbers, _ in headers.values()), trained
+
+
+def freeze(model, frozen):
+    """Keep a part of the model as it is; frozen: "vision", "language" or "nothing"."""
+    if frozen == "vision":
+        model.model.visual.requires_grad_(False)
+    elif frozen == "language":
+        model.model.language_model.requires_grad_(False)
+        model.lm_head.requires_grad_(False)
+
+
 def save_model(model, source, out, optimizer):
     """Write model directory `source` to `out` with the trained tensors in place of its own.
 
     All else leaves as it came: other tensors bit for bit, dtypes, names, shards, json files. So
     what reads the source reads `out`. Moved there when all is written: a kill harms no model.
     """
-    masters = {p: master.detach() for p, master, _ in optimizer.tensors.values()}
-    trained = {plain(name): masters[p] for name, p in model.named_parameters(remove_duplicate=False)
-               if p in masters}
+    masters = {one.weight: one.master.detach() for one in optimizer.tensors.values()}
+    trained = {}
+    for name, p in model.named_parameters(remove_duplicate=False):  # tied weights have two names
+        if p in masters:
+            trained[plain(name)] = masters[p]
     incoming = out / "incoming"
     shutil.rmtree(incoming, ignore_errors=True)
     incoming.mkdir()
@@ -823,15 +884,15 @@ def memory_line(weights, trained, tokens, dtype, device, offload=False, pixels=0
 
     weights: how many numbers all weights are; trained: how many each trained tensor is; tokens: how
     many the activations are of; pixels: of the held-out pictures. By arithmetic: a trained number
-    has an fp32 master, a gradient and two moments; the largest tensor's update takes two more of
-    it; a token 256 KiB; the libraries 0.3 GiB. On the host a tenth of the state comes on top, which
-    freed tensors leave unusable, and where masters are on a GPU their copy, which a checkpoint is
-    written from.
+    has an fp32 master, a gradient and two moments; the largest tensor's new gradient stands beside
+    them; a token takes 256 KiB; the libraries 0.3 GiB. On the host a tenth of the state comes on
+    top, which freed tensors leave unusable, and where masters are on a GPU their copy, which a
+    checkpoint is written from.
     """
     masters_are_weights = dtype == torch.float32 and not offload
     state = sum(trained) * (12 if masters_are_weights else 16)
     libraries = 0.3 * 2**30
-    work = dtype.itemsize * (weights + 2 * max(trained, default=0)) + tokens * 2**18 + libraries
+    work = dtype.itemsize * (weights + max(trained, default=0)) + tokens * 2**18 + libraries
     heldout = 6 * dtype.itemsize * pixels  # three colours; the encoder takes each picture twice
     free = {}
     if device.type == "cpu":

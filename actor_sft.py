@@ -148,16 +148,24 @@ def encode_prompt(tokenizer, processor, pictures, text, name):
     """
     try:
         images = processor(images=pictures, return_tensors="pt")
-        system, line, user, text, assistant = (tokenizer(part)["input_ids"] for part in (
-            "system\nYou are a helpful assistant.", "\n", "user\n", text, "assistant\n"))
+        system = tokenizer("system\nYou are a helpful assistant.")["input_ids"]
+        user = tokenizer("user\n")["input_ids"]
+        text = tokenizer(text)["input_ids"]
+        assistant = tokenizer("assistant\n")["input_ids"]
+        newline = tokenizer("\n")["input_ids"]
     except (ValueError, TypeError) as error:
         raise geometry.DataError(f"{name}: images or text cannot be encoded ({error})") from None
-    start, end, see_start, see_end, patch = tokenizer.convert_tokens_to_ids([
+    control = tokenizer.convert_tokens_to_ids([
         "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"])
-    ids = [start, *system, end, *line, start, *user]
-    for _, h, w in images["image_grid_thw"].tolist():
-        ids += [see_start, *[patch] * (h * w // processor.merge_size**2), see_end]
-    return [*ids, *text, end, *line, start, *assistant], dict(images)
+    im_start, im_end, vision_start, vision_end, image_pad = control
+    ids = [im_start, *system, im_end, *newline]
+    ids += [im_start, *user]
+    for _, h, w in images["image_grid_thw"].tolist():  # in patches, merge_size^2 of them a token
+        tokens = h * w // processor.merge_size**2
+        ids += [vision_start, *[image_pad] * tokens, vision_end]
+    ids += [*text, im_end, *newline]
+    ids += [im_start, *assistant]
+    return ids, dict(images)
 
 
 class Example(NamedTuple):
@@ -185,7 +193,8 @@ def make_example(sample, args, tokenizer, processor, form=None, dtype=torch.floa
         instruction = rewards.ACTION_INSTRUCTION
         response = rewards.write_response(gold.actions, gold.answer)
     else:
-        instruction, response = rewards.ANSWER_INSTRUCTION, gold.answer
+        instruction = rewards.ANSWER_INSTRUCTION
+        response = gold.answer
     prompt, images = encode_prompt(tokenizer, processor, sample.pictures(),
                                    f"{sample.question}\n{instruction}", sample.id)
     try:
@@ -230,25 +239,33 @@ def generate_greedily(model, tokenizer, prompts, longest):
 
     One batch, padded on the left; a response ends before the first end token, or after `longest`.
     """
-    end, L = tokenizer.convert_tokens_to_ids(END), max(len(ids) for ids, _ in prompts)
-    ids = torch.tensor([[end[0]] * (L - len(ids)) + list(ids) for ids, _ in prompts])
-    seen = torch.tensor([[0] * (L - len(ids)) + [1] * len(ids) for ids, _ in prompts])
-    inputs = {"input_ids": ids, "attention_mask": seen,
-              "mm_token_type_ids": (ids == model.config.image_token_id).int(),
-              **{key: torch.cat([images[key] for _, images in prompts])
-                 for key in ("pixel_values", "image_grid_thw")}}
-    model.generation_config = GenerationConfig()  # not the checkpoint's, which fills unset fields
+    end = tokenizer.convert_tokens_to_ids(END)
+    L = max(len(ids) for ids, _ in prompts)
+    rows = []
+    seen = []
+    for ids, _ in prompts:
+        padding = L - len(ids)
+        rows.append([end[0]] * padding + list(ids))
+        seen.append([0] * padding + [1] * len(ids))
+    rows = torch.tensor(rows, device=model.device)  # (B, L)
+    pixels = torch.cat([images["pixel_values"] for _, images in prompts])
+    grids = torch.cat([images["image_grid_thw"] for _, images in prompts])
     sound = torch.zeros(len(prompts), dtype=torch.long, device=model.device)
+    model.generation_config = GenerationConfig()  # not the checkpoint's, which fills unset fields
     with torch.no_grad():
         written = model.generate(
-            **{key: its.to(model.device) for key, its in inputs.items()}, max_new_tokens=longest,
-            do_sample=False, eos_token_id=end, pad_token_id=end[0],
+            input_ids=rows, attention_mask=torch.tensor(seen, device=model.device),
+            mm_token_type_ids=(rows == model.config.image_token_id).int(),
+            pixel_values=pixels.to(model.device), image_grid_thw=grids.to(model.device),
+            max_new_tokens=longest, do_sample=False, eos_token_id=end, pad_token_id=end[0],
             logits_processor=[partial(count_sound, sound, L)])
     texts = []
-    for row, steps in zip(written[:, L:].tolist(), sound.tolist()):
-        length = next((k for k, token in enumerate(row) if token in end), len(row))
-        decided = min(length + 1, len(row))  # the end token, too
-        texts.append(tokenizer.decode(row[:length]) if steps >= decided else None)
+    for tokens, steps in zip(written[:, L:].tolist(), sound.tolist()):
+        length = 0
+        while length < len(tokens) and tokens[length] not in end:
+            length += 1
+        decided = min(length + 1, len(tokens))  # with the end token
+        texts.append(tokenizer.decode(tokens[:length]) if steps >= decided else None)
     return texts
 
 
@@ -273,28 +290,35 @@ def evaluate_responses(model, tokenizer, examples, batch=16):
     R_fmt, R_act; action_turns: R_act of the samples whose camera only turns. NaN, and a warning, if
     the model cannot write to all of them.
     """
-    log_p, texts = [], []
+    log_p = []
+    texts = []
     for start in range(0, len(examples), batch):
         some = examples[start:start + batch]
         with torch.no_grad():
             log_p += [response_log_probs(model, example) for example in some]
+        prompts = [(e.ids[:e.prompt].tolist(), e.images) for e in some]
         longest = 16 + 2 * max(len(e.ids) - e.prompt for e in some)  # not in the paper
-        texts += generate_greedily(model, tokenizer, [
-            (example.ids[:example.prompt].tolist(), example.images) for example in some], longest)
-    record = {"heldout_loss": -float(torch.cat(log_p).mean())}
-    if lost := [example.id for example, text in zip(examples, texts) if text is None]:
+        texts += generate_greedily(model, tokenizer, prompts, longest)
+    lost = [example.id for example, text in zip(examples, texts) if text is None]
+    if lost:
         print(f"warning: logits that are not finite in {len(lost)} of {len(texts)} held-out "
               f"samples, {lost[0]} among them: try --precision fp32", flush=True)
-    if examples[0].form == "answer":
-        scores = [{"answer": rewards.answer_reward(text, e.gold.answer, e.gold.task, e.gold.kind)}
-                  for e, text in zip(examples, texts)]
-    else:
-        scores = [rewards.total_reward(text, e.gold) for e, text in zip(examples, texts)]
-        for e, score in zip(examples, scores):
-            score |= {"action_turns": score["action"]} if rewards.only_turns(e.gold.actions) else {}
-    for name in ("format", "action", "action_turns", "answer"):
-        if values := [score[name] for score in scores if name in score]:
-            record[name] = math.nan if lost else float(np.mean(values))
+    values = {"format": [], "action": [], "action_turns": [], "answer": []}
+    for example, text in zip(examples, texts):
+        gold = example.gold
+        if example.form == "answer":
+            values["answer"].append(
+                rewards.answer_reward(text, gold.answer, gold.task, gold.kind))
+            continue
+        score = rewards.total_reward(text, gold)
+        for name in ("format", "action", "answer"):
+            values[name].append(score[name])
+        if rewards.only_turns(gold.actions):
+            values["action_turns"].append(score["action"])
+    record = {"heldout_loss": -float(torch.cat(log_p).mean())}
+    for name, those in values.items():
+        if those:
+            record[name] = math.nan if lost else float(np.mean(those))
     return record, texts
 
 
@@ -302,10 +326,12 @@ def constants(examples):
     """What a model that sees nothing can reach: R_act of the best plan that is the same for all."""
     if examples[0].form == "answer":
         return {}
-    golds = [e.gold.actions for e in examples]
-    turns = [e.gold.actions for e in examples if rewards.only_turns(e.gold.actions)]
-    return {"action_constant": rewards.constant_plan(golds)[0],
-            **({"action_turns_constant": rewards.constant_plan(turns)[0]} if turns else {})}
+    golds = [example.gold.actions for example in examples]
+    turns = [gold for gold in golds if rewards.only_turns(gold)]
+    record = {"action_constant": rewards.constant_plan(golds)[0]}
+    if turns:
+        record["action_turns_constant"] = rewards.constant_plan(turns)[0]
+    return record
 
 
 def heldout_line(record):
@@ -346,6 +372,15 @@ def recompute_in_backward(block):
     block.forward = lambda hidden, **others: Recompute.apply(partial(run, **others), hidden)
 
 
+class Trained(NamedTuple):
+    """A tensor that trains: the model's own, its fp32 master, the master's AdamW, its lr."""
+
+    weight: torch.nn.Parameter
+    master: torch.nn.Parameter
+    adam: torch.optim.AdamW
+    lr: float
+
+
 class Optimizer:
     """Mixed precision by hand: AdamW on fp32 master copies of what trains in a 16-bit model.
 
@@ -356,24 +391,25 @@ class Optimizer:
     """
 
     def __init__(self, model, args, dtype, device):
-        self.warmup, self.clip = args.warmup, args.clip
-        self.t = self.good = 0  # updates; finite ones in a row
+        self.warmup = args.warmup
+        self.clip = args.clip
+        self.t = 0  # updates
+        self.good = 0  # steps in a row whose gradient was finite
         self.missed = []  # why each step since the last update changed nothing
         self.scale = 2.0**16 if dtype == torch.float16 else 1.0
         self.patience = 5 if self.scale == 1 else 25  # steps in a row; a lower scale may mend it
+        self.tensors = {}  # name: Trained
         home = torch.device("cpu") if args.offload else device
-        self.tensors, self.rates = {}, {}
-        for name, p in model.named_parameters():  # tensor by tensor: nothing ever exists twice
-            trains, master = p.requires_grad, torch.nn.Parameter(p.data)
-            if trains:
-                master.data = p.data.to(home, torch.float32)
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                master = torch.nn.Parameter(p.data.to(home, torch.float32))
+                if dtype == torch.float32 and home == device:
+                    p.data = master.data
                 p.register_post_accumulate_grad_hook(partial(self.take, master))
-                self.rates[name] = args.vision_lr if "visual." in name else args.lr
-                self.tensors[name] = p, master, torch.optim.AdamW(
-                    [master], self.rates[name], args.betas, weight_decay=0, fused=True)
-            shared = trains and dtype == torch.float32 and home == device
-            p.data = master.data if shared else p.data.to(device, dtype)
-        model.to(device)  # the buffers, in their own dtype
+                lr = args.vision_lr if "visual." in name else args.lr
+                adam = torch.optim.AdamW([master], lr, args.betas, weight_decay=0, fused=True)
+                self.tensors[name] = Trained(p, master, adam, lr)
+        place(model, dtype, device)
 
     @staticmethod
     def take(master, p):
@@ -387,53 +423,74 @@ class Optimizer:
 
     def reduce(self):
         """Sum the gradient over processes, undo the scale. Returns its norm, maybe inf or NaN."""
-        masters = [master for _, master, _ in self.tensors.values()]
-        for master in masters:
-            master.grad = torch.zeros_like(master) if master.grad is None else master.grad
+        norms = []
+        for trained in self.tensors.values():
+            master = trained.master
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
             if dist.is_initialized():
                 dist.all_reduce(master.grad)
             master.grad /= self.scale
-        return float(torch.stack([master.grad.norm() for master in masters]).norm())
+            norms.append(master.grad.norm())
+        return float(torch.stack(norms).norm())
 
     def step(self, norm):
-        """One update, the gradient clipped. Returns the norm of the weights' change; None, and
-        changes nothing, if the gradient is not finite."""
-        finite, change = math.isfinite(norm), 0.0
-        self.t, self.good = self.t + finite, self.good + 1 if finite else 0
-        warm = min(1.0, self.t / max(self.warmup, 1))
-        for name, (p, master, adam) in self.tensors.items():
-            if finite:
-                master.grad *= min(1.0, self.clip / (norm + 1e-12))
-                adam.param_groups[0]["lr"] = self.rates[name] * warm
-                before = master.detach().clone()
-                adam.step()
-                change += before.sub_(master.detach()).norm() ** 2
-                p.data.copy_(master.data)
-            master.grad = None
+        """One update, its gradient, whose norm `reduce` returned, clipped. Returns whether it was
+        made: a gradient that is not finite changes nothing."""
+        finite = math.isfinite(norm)
         if finite:
+            self.t += 1
+            self.good += 1
             self.missed = []
-        if self.scale > 1:
-            self.scale *= 0.5 if not finite else 2 if self.good % 1000 == 0 else 1
-        return float(change) ** 0.5 if finite else None
+            shrink = min(1.0, self.clip / (norm + 1e-12))
+            warm = min(1.0, self.t / max(self.warmup, 1))
+            for weight, master, adam, lr in self.tensors.values():
+                master.grad *= shrink
+                adam.param_groups[0]["lr"] = lr * warm
+                adam.step()
+                weight.data.copy_(master.data)
+        else:
+            self.good = 0
+        for trained in self.tensors.values():
+            trained.master.grad = None
+        if self.scale > 1 and not finite:
+            self.scale /= 2
+        elif self.scale > 1 and self.good % 1000 == 0:
+            self.scale *= 2
+        return finite
 
     def load(self, out, state):
         """Continue from what save_checkpoint wrote."""
-        self.t, self.good, self.missed = state["t"], state["good"], state["missed"]
-        self.scale = state["scale"] if min(self.scale, state["scale"]) > 1 else self.scale
+        self.t = state["t"]
+        self.good = state["good"]
+        self.missed = state["missed"]
+        if self.scale > 1 and state["scale"] > 1:
+            self.scale = state["scale"]
         for kind, file in state["files"].items():
             try:
-                with safe_open(out / file, framework="pt") as tensors:
-                    for name, (p, master, adam) in self.tensors.items():
-                        saved = tensors.get_tensor(name)
-                        if kind == "master":
-                            p.data.copy_(master.data.copy_(saved))
-                        else:  # a copy, or the file would stay on the disk when it is deleted
-                            adam.state[master][kind] = saved.to(master.device, copy=True)
-                            adam.state[master]["step"] = torch.tensor(
-                                float(self.t), device=master.device)
+                with safe_open(out / file, framework="pt") as saved:
+                    for name in self.tensors:
+                        self.load_tensor(name, kind, saved.get_tensor(name))
             except (OSError, SafetensorError) as error:
                 raise geometry.DataError(f"{out / file}: this file of the checkpoint cannot be read"
                                          f" ({error}); start over without --resume") from None
+
+    def load_tensor(self, name, kind, saved):
+        weight, master, adam, _ = self.tensors[name]
+        if kind == "master":
+            master.data.copy_(saved)
+            weight.data.copy_(saved)
+        else:  # a copy, or the file would stay on the disk when it is deleted
+            adam.state[master][kind] = saved.to(master.device, copy=True)
+            adam.state[master]["step"] = torch.tensor(float(self.t), device=master.device)
+
+
+def place(model, dtype, device):
+    """Move a model to a device, its weights in dtype, one by one: the whole never exists twice. The
+    buffers, among them the rotary frequencies, keep their own dtype."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device, dtype)
+    model.to(device)
 
 
 def save_checkpoint(out, state, optimizer):
@@ -445,7 +502,7 @@ def save_checkpoint(out, state, optimizer):
               "missed": optimizer.missed}
     for kind, file in files.items():
         tensors = {}
-        for name, (_, master, adam) in optimizer.tensors.items():
+        for name, (_, master, adam, _) in optimizer.tensors.items():
             tensor = master.detach()
             if kind != "master":  # there is no moment before the first update
                 tensor = adam.state[master].get(kind, torch.zeros_like(tensor))
@@ -611,15 +668,37 @@ def load_model(path, headers):
     return model, tokenizer
 
 
+def count_weights(headers, frozen):
+    """(how many numbers all weights are, [of each tensor that trains]) of find_model's headers;
+    frozen: --freeze."""
+    trained = []
+    for name, (numbers, _) in headers.items():
+        part = "vision" if name.startswith("visual.") else "language"
+        if part != frozen:
+            trained.append(numbers)
+    return sum(numbers for numbers, _ in headers.values()), trained
+
+
+def freeze(model, frozen):
+    """Keep a part of the model as it is; frozen: "vision", "language" or "nothing"."""
+    if frozen == "vision":
+        model.model.visual.requires_grad_(False)
+    elif frozen == "language":
+        model.model.language_model.requires_grad_(False)
+        model.lm_head.requires_grad_(False)
+
+
 def save_model(model, source, out, optimizer):
     """Write model directory `source` to `out` with the trained tensors in place of its own.
 
     All else leaves as it came: other tensors bit for bit, dtypes, names, shards, json files. So
     what reads the source reads `out`. Moved there when all is written: a kill harms no model.
     """
-    masters = {p: master.detach() for p, master, _ in optimizer.tensors.values()}
-    trained = {plain(name): masters[p] for name, p in model.named_parameters(remove_duplicate=False)
-               if p in masters}
+    masters = {one.weight: one.master.detach() for one in optimizer.tensors.values()}
+    trained = {}
+    for name, p in model.named_parameters(remove_duplicate=False):  # tied weights have two names
+        if p in masters:
+            trained[plain(name)] = masters[p]
     incoming = out / "incoming"
     shutil.rmtree(incoming, ignore_errors=True)
     incoming.mkdir()
@@ -682,15 +761,15 @@ def memory_line(weights, trained, tokens, dtype, device, offload=False, pixels=0
 
     weights: how many numbers all weights are; trained: how many each trained tensor is; tokens: how
     many the activations are of; pixels: of the held-out pictures. By arithmetic: a trained number
-    has an fp32 master, a gradient and two moments; the largest tensor's update takes two more of
-    it; a token 256 KiB; the libraries 0.3 GiB. On the host a tenth of the state comes on top, which
-    freed tensors leave unusable, and where masters are on a GPU their copy, which a checkpoint is
-    written from.
+    has an fp32 master, a gradient and two moments; the largest tensor's new gradient stands beside
+    them; a token takes 256 KiB; the libraries 0.3 GiB. On the host a tenth of the state comes on
+    top, which freed tensors leave unusable, and where masters are on a GPU their copy, which a
+    checkpoint is written from.
     """
     masters_are_weights = dtype == torch.float32 and not offload
     state = sum(trained) * (12 if masters_are_weights else 16)
     libraries = 0.3 * 2**30
-    work = dtype.itemsize * (weights + 2 * max(trained, default=0)) + tokens * 2**18 + libraries
+    work = dtype.itemsize * (weights + max(trained, default=0)) + tokens * 2**18 + libraries
     heldout = 6 * dtype.itemsize * pixels  # three colours; the encoder takes each picture twice
     free = {}
     if device.type == "cpu":
@@ -803,28 +882,25 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world, device, dtype = start_processes(args.precision)
     say = partial(print, flush=True) if rank == 0 else lambda *_, **__: None
-    out, (source, headers) = Path(args.out), find_model(args.model)
+    out = Path(args.out)
+    source, headers = find_model(args.model)
 
     # samples to train on, in the order of --seed, and others to look at
     walk = geometry.Walk(args.data, args.samples, args.seed, args.tasks)
     args.steps = args.steps or max(1, len(walk.drawn) // args.batch)
     args.save_every = args.save_every or max(1, args.steps // 4)
-    now, state, lock = begin(args, walk, source)
+    identity, state, lock = begin(args, walk, source)
     start = state["step"] if state else 0
     say(f"data    {args.data}: {len(walk.drawn):,} of {len(walk.samples):,} multi-image samples, "
         f"{args.batch} a step over {world} process(es); {args.steps - start:,} steps")
     say(f"model   {args.model}: {dtype} on {device}, {args.freeze} frozen")
-    trained = [numbers for name, (numbers, _) in headers.items() if args.freeze != (
-        "vision" if name.startswith("visual.") else "language")]
-    say(memory_line(sum(its for its, _ in headers.values()), trained,
-                    3 * args.max_pixels // 784 + 512, dtype, device, args.offload,
-                    args.heldout * 3 * args.max_pixels))
+    weights, trained = count_weights(headers, args.freeze)
+    say(memory_line(weights, trained, 3 * args.max_pixels // 784 + 512, dtype, device,
+                    args.offload, pixels=args.heldout * 3 * args.max_pixels))
 
     # the model in its working dtype, with fp32 masters of what trains
     model, tokenizer = load_model(source, headers)
-    for frozen in {"vision": [model.model.visual], "language": [
-            model.model.language_model, model.lm_head]}.get(args.freeze, []):
-        frozen.requires_grad_(False)
+    freeze(model, args.freeze)
     if not args.no_recompute:
         for block in (*model.model.visual.blocks, *model.model.language_model.layers):
             recompute_in_backward(block)
@@ -838,12 +914,13 @@ def main(argv=None):
                       dtype=dtype)
     if rank == 0:
         open_log(out / "log.jsonl", args, start)
-        heldout = walk.prepared(
-            partial(prepare, form="answer" if args.target == "answer" else "actions"),
-            list(islice(walk.heldout(), args.heldout)), args.workers)
+        form = "answer" if args.target == "answer" else "actions"
+        samples = list(islice(walk.heldout(), args.heldout))
+        heldout = walk.prepared(partial(prepare, form=form), samples, args.workers)
         blind = constants(heldout)
         if not state:
-            progress = evaluate_responses(model, tokenizer, heldout)[0] | blind
+            progress, _ = evaluate_responses(model, tokenizer, heldout)
+            progress |= blind
             write_line(out / "log.jsonl", {"step": 0, **progress})
             say("start   " + heldout_line(progress))
 
@@ -851,31 +928,35 @@ def main(argv=None):
     begun = time.monotonic()
     batches = walk.batches(prepare, start, args.steps, args.batch, rank, world, args.workers)
     for step, batch in enumerate(batches, start + 1):
-        examples, tick = [example for _, example in batch if example], time.monotonic()
+        tick = time.monotonic()
+        examples = [example for _, example in batch if example]
         # the mean over the response tokens of all processes, so that their gradients add up
-        tokens, loss = sum(gather([len(e.ids) - e.prompt for e in examples])), 0.0
+        tokens = sum(gather([len(example.ids) - example.prompt for example in examples]))
+        loss = 0.0
         for example in examples:
-            its = -response_log_probs(model, example).sum() / tokens
-            optimizer.backward(its)
-            loss += its.item()
-        loss, grad_norm = sum(gather([loss])), optimizer.reduce()
-        update_norm = optimizer.step(grad_norm) if tokens else None
+            share = -response_log_probs(model, example).sum() / tokens
+            optimizer.backward(share)
+            loss += share.item()
+        loss = sum(gather([loss]))
+        grad_norm = optimizer.reduce()
+        moved = tokens > 0 and optimizer.step(grad_norm)
 
-        record = {"step": step, "loss": loss, "grad_norm": grad_norm, "update_norm": update_norm,
+        record = {"step": step, "loss": loss, "grad_norm": grad_norm,
                   "tokens_per_s": tokens / (time.monotonic() - tick)}
-        if update_norm is None:
+        if not moved:
             record = left_out(step, tokens, grad_norm, batch, optimizer, walk, say)
         stop = gather(stops)
         if rank == 0:
             if stop or step == args.steps or step % args.save_every == 0:
-                save_checkpoint(out, now | {"step": step}, optimizer)  # first what would be lost
+                save_checkpoint(out, identity | {"step": step}, optimizer)
                 if not stop:
                     progress, texts = evaluate_responses(model, tokenizer, heldout)
-                    record |= progress | blind
-                    say(f"step {step}  {heldout_line(progress | blind)}")
+                    progress |= blind
+                    record |= progress
+                    say(f"step {step}  {heldout_line(progress)}")
             write_line(out / "log.jsonl", record)
-            print_step(record, args.steps, (time.monotonic() - begun) / (step - start) * (
-                args.steps - step), ("loss", "grad_norm", "update_norm", "tokens_per_s"))
+            left = (time.monotonic() - begun) / (step - start) * (args.steps - step)
+            print_step(record, args.steps, left, ("loss", "grad_norm", "tokens_per_s"))
         if stop:
             gather([])  # torchrun ends all when one has ended: after the first has saved
             say(f"stopped after step {step}; go on with --resume --out {out}")
@@ -885,8 +966,10 @@ def main(argv=None):
         raise no_update(optimizer)
     if rank == 0:
         save_model(model, source, out, optimizer)
-        for example, text in zip(heldout[:3], texts if start < args.steps else ()):
-            say(f"--- {example.id} ({example.gold.task}), answer {example.gold.answer}\n{text}")
+        if start < args.steps:
+            for example, text in zip(heldout[:3], texts):
+                say(f"--- {example.id} ({example.gold.task}), answer {example.gold.answer}")
+                say(text)
         say(f"wrote   {out}: the model, log.jsonl; {len(walk.skipped)} problems with the data")
     if world > 1:
         dist.destroy_process_group()

@@ -571,9 +571,7 @@ def answer(items, args, path, say, rank, world, device, dtype):
         f"memory  {need / 2**30:.1f} GiB" + (
             ", more than is free: a smaller --batch or --max-pixels takes less" * (need > free)))
     model, tokenizer = load_model(source, headers)
-    for parameter in model.parameters():  # one by one; the rotary frequencies stay as they are
-        parameter.data = parameter.data.to(device, dtype)
-    model.eval().to(device)
+    place(model.eval(), dtype, device)
     processor = Qwen2VLImageProcessorPil(
         size={"shortest_edge": 56 * 56, "longest_edge": args.max_pixels})
     prepared = geometry.read_ahead(partial(ask, todo, args, tokenizer, processor),
@@ -851,16 +849,24 @@ def encode_prompt(tokenizer, processor, pictures, text, name):
     """
     try:
         images = processor(images=pictures, return_tensors="pt")
-        system, line, user, text, assistant = (tokenizer(part)["input_ids"] for part in (
-            "system\nYou are a helpful assistant.", "\n", "user\n", text, "assistant\n"))
+        system = tokenizer("system\nYou are a helpful assistant.")["input_ids"]
+        user = tokenizer("user\n")["input_ids"]
+        text = tokenizer(text)["input_ids"]
+        assistant = tokenizer("assistant\n")["input_ids"]
+        newline = tokenizer("\n")["input_ids"]
     except (ValueError, TypeError) as error:
         raise geometry.DataError(f"{name}: images or text cannot be encoded ({error})") from None
-    start, end, see_start, see_end, patch = tokenizer.convert_tokens_to_ids([
+    control = tokenizer.convert_tokens_to_ids([
         "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"])
-    ids = [start, *system, end, *line, start, *user]
-    for _, h, w in images["image_grid_thw"].tolist():
-        ids += [see_start, *[patch] * (h * w // processor.merge_size**2), see_end]
-    return [*ids, *text, end, *line, start, *assistant], dict(images)
+    im_start, im_end, vision_start, vision_end, image_pad = control
+    ids = [im_start, *system, im_end, *newline]
+    ids += [im_start, *user]
+    for _, h, w in images["image_grid_thw"].tolist():  # in patches, merge_size^2 of them a token
+        tokens = h * w // processor.merge_size**2
+        ids += [vision_start, *[image_pad] * tokens, vision_end]
+    ids += [*text, im_end, *newline]
+    ids += [im_start, *assistant]
+    return ids, dict(images)
 
 
 def generate_greedily(model, tokenizer, prompts, longest):
@@ -869,25 +875,33 @@ def generate_greedily(model, tokenizer, prompts, longest):
 
     One batch, padded on the left; a response ends before the first end token, or after `longest`.
     """
-    end, L = tokenizer.convert_tokens_to_ids(END), max(len(ids) for ids, _ in prompts)
-    ids = torch.tensor([[end[0]] * (L - len(ids)) + list(ids) for ids, _ in prompts])
-    seen = torch.tensor([[0] * (L - len(ids)) + [1] * len(ids) for ids, _ in prompts])
-    inputs = {"input_ids": ids, "attention_mask": seen,
-              "mm_token_type_ids": (ids == model.config.image_token_id).int(),
-              **{key: torch.cat([images[key] for _, images in prompts])
-                 for key in ("pixel_values", "image_grid_thw")}}
-    model.generation_config = GenerationConfig()  # not the checkpoint's, which fills unset fields
+    end = tokenizer.convert_tokens_to_ids(END)
+    L = max(len(ids) for ids, _ in prompts)
+    rows = []
+    seen = []
+    for ids, _ in prompts:
+        padding = L - len(ids)
+        rows.append([end[0]] * padding + list(ids))
+        seen.append([0] * padding + [1] * len(ids))
+    rows = torch.tensor(rows, device=model.device)  # (B, L)
+    pixels = torch.cat([images["pixel_values"] for _, images in prompts])
+    grids = torch.cat([images["image_grid_thw"] for _, images in prompts])
     sound = torch.zeros(len(prompts), dtype=torch.long, device=model.device)
+    model.generation_config = GenerationConfig()  # not the checkpoint's, which fills unset fields
     with torch.no_grad():
         written = model.generate(
-            **{key: its.to(model.device) for key, its in inputs.items()}, max_new_tokens=longest,
-            do_sample=False, eos_token_id=end, pad_token_id=end[0],
+            input_ids=rows, attention_mask=torch.tensor(seen, device=model.device),
+            mm_token_type_ids=(rows == model.config.image_token_id).int(),
+            pixel_values=pixels.to(model.device), image_grid_thw=grids.to(model.device),
+            max_new_tokens=longest, do_sample=False, eos_token_id=end, pad_token_id=end[0],
             logits_processor=[partial(count_sound, sound, L)])
     texts = []
-    for row, steps in zip(written[:, L:].tolist(), sound.tolist()):
-        length = next((k for k, token in enumerate(row) if token in end), len(row))
-        decided = min(length + 1, len(row))  # the end token, too
-        texts.append(tokenizer.decode(row[:length]) if steps >= decided else None)
+    for tokens, steps in zip(written[:, L:].tolist(), sound.tolist()):
+        length = 0
+        while length < len(tokens) and tokens[length] not in end:
+            length += 1
+        decided = min(length + 1, len(tokens))  # with the end token
+        texts.append(tokenizer.decode(tokens[:length]) if steps >= decided else None)
     return texts
 
 
@@ -966,6 +980,14 @@ def load_model(path, headers):
     embed.forward = lambda pixels: F.linear(  # by patch it is slow
         pixels.to(embed.proj.weight.dtype), embed.proj.weight.flatten(1))
     return model, tokenizer
+
+
+def place(model, dtype, device):
+    """Move a model to a device, its weights in dtype, one by one: the whole never exists twice. The
+    buffers, among them the rotary frequencies, keep their own dtype."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device, dtype)
+    model.to(device)
 
 
 def start_processes(precision):

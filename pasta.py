@@ -41,6 +41,7 @@ from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # read when torch is imported: without it freed
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # memory lies in pieces
@@ -395,29 +396,48 @@ def put_heads_in(model):
     Layer 0 writes *where* a token is into the features from 128 on. Layer 1 looks, in the picture
     before, for *what* a token shows, in the features below 128, and fetches where that was. The
     heads know no pose and no room: whether what they compare looks alike is up to the encoder.
+
+    Weights are (out, in), of 192 features; q, k and v have 3 heads of 64 = 2 halves of 32
+    frequencies, high ones first, which a position rotates: 2 by the row, 30 by the column. The
+    factors were found by trial, on seed 0.
     """
-    where, what, *others = [layer.self_attn for layer in model.model.language_model.layers]
+    layers = model.model.language_model.layers
+    where = layers[0].self_attn
+    what = layers[1].self_attn
+
+    # Layer 0: queries and keys are the same for all tokens, so what a token attends to depends on
+    # its position alone, and so does the mixture of values that it receives: a mark of the place.
     for project in (where.q_proj, where.k_proj):
-        project.weight.zero_()  # attention by position alone
+        project.weight.zero_()
         project.bias.normal_(0, 2)
-    where.o_proj.weight *= 6
-    where.o_proj.weight[:128] = 0
+    where.o_proj.weight *= 6  # as loud as what the token shows
+    where.o_proj.weight[:128] = 0  # the mark goes into the features from 128 on
+
+    # Layer 1: keys are made as queries are, of the features below 128: alike attracts.
     what.q_proj.weight *= 4
     what.q_proj.weight[:, 128:] = 0
-    q = what.q_proj.weight.unflatten(0, (3, 2, 32))  # heads, halves of a rotation, frequencies
-    q[:, :, :8] = 0  # blind to the high frequencies: a little to the side is as good
-    what.k_proj.weight.copy_(what.q_proj.weight)  # alike attracts
-    for project, sign in ((what.q_proj, 4), (what.k_proj, -4)):  # but not one's own neighbours
-        project.bias.unflatten(0, (3, 2, 32))[:, 0, 2:5] = sign
+    q = what.q_proj.weight.unflatten(0, (3, 2, 32))  # (heads, halves, frequencies, in), a view
+    q[:, :, :8] = 0  # high frequencies tell neighbours apart: a little to the side is as good
+    what.k_proj.weight.copy_(what.q_proj.weight)
+
+    # A token is most alike to itself and to its neighbours. Opposite biases at three of the
+    # columns' frequencies push away what stands at about the same column of the same picture.
+    for project, sign in ((what.q_proj, 4), (what.k_proj, -4)):
+        bias = project.bias.unflatten(0, (3, 2, 32))  # (heads, halves, frequencies), a view
+        bias[:, 0, 2:5] = sign
+
+    # It fetches the mark of the place of what it found, loudly.
     what.v_proj.weight[:, :128] = 0
     what.o_proj.weight *= 8
-    for attention in others:
-        attention.q_proj.weight *= 0.3
-        attention.k_proj.weight *= 0.3
-    for layer in model.model.language_model.layers:
+
+    # What is not put in begins quietly, and is left to training.
+    for layer in layers[2:]:
+        layer.self_attn.q_proj.weight *= 0.3
+        layer.self_attn.k_proj.weight *= 0.3
+    for layer in layers:
         layer.mlp.down_proj.weight.zero_()
-    for its in model.model.visual.merger.mlp[-1].parameters():
-        its *= 0.5
+    for parameter in model.model.visual.merger.mlp[-1].parameters():
+        parameter *= 0.5
 
 
 # -------------------------------------------------------------------------------------- plumbing
@@ -454,6 +474,15 @@ def recompute_in_backward(block):
     block.forward = lambda hidden, **others: Recompute.apply(partial(run, **others), hidden)
 
 
+class Trained(NamedTuple):
+    """A tensor that trains: the model's own, its fp32 master, the master's AdamW, its lr."""
+
+    weight: torch.nn.Parameter
+    master: torch.nn.Parameter
+    adam: torch.optim.AdamW
+    lr: float
+
+
 class Optimizer:
     """Mixed precision by hand: AdamW on fp32 master copies of what trains in a 16-bit model.
 
@@ -464,24 +493,25 @@ class Optimizer:
     """
 
     def __init__(self, model, args, dtype, device):
-        self.warmup, self.clip = args.warmup, args.clip
-        self.t = self.good = 0  # updates; finite ones in a row
+        self.warmup = args.warmup
+        self.clip = args.clip
+        self.t = 0  # updates
+        self.good = 0  # steps in a row whose gradient was finite
         self.missed = []  # why each step since the last update changed nothing
         self.scale = 2.0**16 if dtype == torch.float16 else 1.0
         self.patience = 5 if self.scale == 1 else 25  # steps in a row; a lower scale may mend it
+        self.tensors = {}  # name: Trained
         home = torch.device("cpu") if args.offload else device
-        self.tensors, self.rates = {}, {}
-        for name, p in model.named_parameters():  # tensor by tensor: nothing ever exists twice
-            trains, master = p.requires_grad, torch.nn.Parameter(p.data)
-            if trains:
-                master.data = p.data.to(home, torch.float32)
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                master = torch.nn.Parameter(p.data.to(home, torch.float32))
+                if dtype == torch.float32 and home == device:
+                    p.data = master.data
                 p.register_post_accumulate_grad_hook(partial(self.take, master))
-                self.rates[name] = args.vision_lr if "visual." in name else args.lr
-                self.tensors[name] = p, master, torch.optim.AdamW(
-                    [master], self.rates[name], args.betas, weight_decay=0, fused=True)
-            shared = trains and dtype == torch.float32 and home == device
-            p.data = master.data if shared else p.data.to(device, dtype)
-        model.to(device)  # the buffers, in their own dtype
+                lr = args.vision_lr if "visual." in name else args.lr
+                adam = torch.optim.AdamW([master], lr, args.betas, weight_decay=0, fused=True)
+                self.tensors[name] = Trained(p, master, adam, lr)
+        place(model, dtype, device)
 
     @staticmethod
     def take(master, p):
@@ -495,53 +525,74 @@ class Optimizer:
 
     def reduce(self):
         """Sum the gradient over processes, undo the scale. Returns its norm, maybe inf or NaN."""
-        masters = [master for _, master, _ in self.tensors.values()]
-        for master in masters:
-            master.grad = torch.zeros_like(master) if master.grad is None else master.grad
+        norms = []
+        for trained in self.tensors.values():
+            master = trained.master
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
             if dist.is_initialized():
                 dist.all_reduce(master.grad)
             master.grad /= self.scale
-        return float(torch.stack([master.grad.norm() for master in masters]).norm())
+            norms.append(master.grad.norm())
+        return float(torch.stack(norms).norm())
 
     def step(self, norm):
-        """One update, the gradient clipped. Returns the norm of the weights' change; None, and
-        changes nothing, if the gradient is not finite."""
-        finite, change = math.isfinite(norm), 0.0
-        self.t, self.good = self.t + finite, self.good + 1 if finite else 0
-        warm = min(1.0, self.t / max(self.warmup, 1))
-        for name, (p, master, adam) in self.tensors.items():
-            if finite:
-                master.grad *= min(1.0, self.clip / (norm + 1e-12))
-                adam.param_groups[0]["lr"] = self.rates[name] * warm
-                before = master.detach().clone()
-                adam.step()
-                change += before.sub_(master.detach()).norm() ** 2
-                p.data.copy_(master.data)
-            master.grad = None
+        """One update, its gradient, whose norm `reduce` returned, clipped. Returns whether it was
+        made: a gradient that is not finite changes nothing."""
+        finite = math.isfinite(norm)
         if finite:
+            self.t += 1
+            self.good += 1
             self.missed = []
-        if self.scale > 1:
-            self.scale *= 0.5 if not finite else 2 if self.good % 1000 == 0 else 1
-        return float(change) ** 0.5 if finite else None
+            shrink = min(1.0, self.clip / (norm + 1e-12))
+            warm = min(1.0, self.t / max(self.warmup, 1))
+            for weight, master, adam, lr in self.tensors.values():
+                master.grad *= shrink
+                adam.param_groups[0]["lr"] = lr * warm
+                adam.step()
+                weight.data.copy_(master.data)
+        else:
+            self.good = 0
+        for trained in self.tensors.values():
+            trained.master.grad = None
+        if self.scale > 1 and not finite:
+            self.scale /= 2
+        elif self.scale > 1 and self.good % 1000 == 0:
+            self.scale *= 2
+        return finite
 
     def load(self, out, state):
         """Continue from what save_checkpoint wrote."""
-        self.t, self.good, self.missed = state["t"], state["good"], state["missed"]
-        self.scale = state["scale"] if min(self.scale, state["scale"]) > 1 else self.scale
+        self.t = state["t"]
+        self.good = state["good"]
+        self.missed = state["missed"]
+        if self.scale > 1 and state["scale"] > 1:
+            self.scale = state["scale"]
         for kind, file in state["files"].items():
             try:
-                with safe_open(out / file, framework="pt") as tensors:
-                    for name, (p, master, adam) in self.tensors.items():
-                        saved = tensors.get_tensor(name)
-                        if kind == "master":
-                            p.data.copy_(master.data.copy_(saved))
-                        else:  # a copy, or the file would stay on the disk when it is deleted
-                            adam.state[master][kind] = saved.to(master.device, copy=True)
-                            adam.state[master]["step"] = torch.tensor(
-                                float(self.t), device=master.device)
+                with safe_open(out / file, framework="pt") as saved:
+                    for name in self.tensors:
+                        self.load_tensor(name, kind, saved.get_tensor(name))
             except (OSError, SafetensorError) as error:
                 raise geometry.DataError(f"{out / file}: this file of the checkpoint cannot be read"
                                          f" ({error}); start over without --resume") from None
+
+    def load_tensor(self, name, kind, saved):
+        weight, master, adam, _ = self.tensors[name]
+        if kind == "master":
+            master.data.copy_(saved)
+            weight.data.copy_(saved)
+        else:  # a copy, or the file would stay on the disk when it is deleted
+            adam.state[master][kind] = saved.to(master.device, copy=True)
+            adam.state[master]["step"] = torch.tensor(float(self.t), device=master.device)
+
+
+def place(model, dtype, device):
+    """Move a model to a device, its weights in dtype, one by one: the whole never exists twice. The
+    buffers, among them the rotary frequencies, keep their own dtype."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device, dtype)
+    model.to(device)
 
 
 def save_checkpoint(out, state, optimizer):
@@ -553,7 +604,7 @@ def save_checkpoint(out, state, optimizer):
               "missed": optimizer.missed}
     for kind, file in files.items():
         tensors = {}
-        for name, (_, master, adam) in optimizer.tensors.items():
+        for name, (_, master, adam, _) in optimizer.tensors.items():
             tensor = master.detach()
             if kind != "master":  # there is no moment before the first update
                 tensor = adam.state[master].get(kind, torch.zeros_like(tensor))
@@ -725,9 +776,11 @@ def save_model(model, source, out, optimizer):
     All else leaves as it came: other tensors bit for bit, dtypes, names, shards, json files. So
     what reads the source reads `out`. Moved there when all is written: a kill harms no model.
     """
-    masters = {p: master.detach() for p, master, _ in optimizer.tensors.values()}
-    trained = {plain(name): masters[p] for name, p in model.named_parameters(remove_duplicate=False)
-               if p in masters}
+    masters = {one.weight: one.master.detach() for one in optimizer.tensors.values()}
+    trained = {}
+    for name, p in model.named_parameters(remove_duplicate=False):  # tied weights have two names
+        if p in masters:
+            trained[plain(name)] = masters[p]
     incoming = out / "incoming"
     shutil.rmtree(incoming, ignore_errors=True)
     incoming.mkdir()
@@ -790,15 +843,15 @@ def memory_line(weights, trained, tokens, dtype, device, offload=False, pixels=0
 
     weights: how many numbers all weights are; trained: how many each trained tensor is; tokens: how
     many the activations are of; pixels: of the held-out pictures. By arithmetic: a trained number
-    has an fp32 master, a gradient and two moments; the largest tensor's update takes two more of
-    it; a token 256 KiB; the libraries 0.3 GiB. On the host a tenth of the state comes on top, which
-    freed tensors leave unusable, and where masters are on a GPU their copy, which a checkpoint is
-    written from.
+    has an fp32 master, a gradient and two moments; the largest tensor's new gradient stands beside
+    them; a token takes 256 KiB; the libraries 0.3 GiB. On the host a tenth of the state comes on
+    top, which freed tensors leave unusable, and where masters are on a GPU their copy, which a
+    checkpoint is written from.
     """
     masters_are_weights = dtype == torch.float32 and not offload
     state = sum(trained) * (12 if masters_are_weights else 16)
     libraries = 0.3 * 2**30
-    work = dtype.itemsize * (weights + 2 * max(trained, default=0)) + tokens * 2**18 + libraries
+    work = dtype.itemsize * (weights + max(trained, default=0)) + tokens * 2**18 + libraries
     heldout = 6 * dtype.itemsize * pixels  # three colours; the encoder takes each picture twice
     free = {}
     if device.type == "cpu":
@@ -918,19 +971,20 @@ def main(argv=None):
             geometry.render_rooms(args.data, seed=args.seed)
             make_demo_model(Path("out/demo/model"), args.data, args.seed)
         gather([])  # the others read what the first process wrote
-    out, (source, headers) = Path(args.out), find_model(args.model)
+    out = Path(args.out)
+    source, headers = find_model(args.model)
 
     # samples to train on, in the order of --seed, and pairs to look at
     walk = geometry.Walk(args.data, args.samples, args.seed)
     args.steps = args.steps or max(1, len(walk.drawn) // args.batch)
     args.save_every = args.save_every or max(1, args.steps // 4)
-    now, state, lock = begin(args, walk, source)
+    identity, state, lock = begin(args, walk, source)
     start = state["step"] if state else 0
     say(f"data    {args.data}: {len(walk.drawn):,} of {len(walk.samples):,} multi-image samples, "
         f"{args.batch} a step over {world} process(es); {args.steps - start:,} steps")
 
     # the model; its image encoder in the working dtype, with fp32 masters
-    vision = [its for name, (its, _) in headers.items() if name.startswith("visual.")]
+    vision = [numbers for name, (numbers, _) in headers.items() if name.startswith("visual.")]
     say(f"model   {args.model}: the image encoder trains, {sum(vision):,} parameters, {dtype} on "
         f"{device}")
     say(memory_line(sum(vision), vision, 12 * args.max_pixels // 784, dtype, device,
@@ -942,19 +996,22 @@ def main(argv=None):
             recompute_in_backward(block)
     optimizer = Optimizer(encoder, args, dtype, device)
 
-    ready = partial(prepare, args=args, dtype=dtype, processor=Qwen2VLImageProcessorPil(
-        size={"shortest_edge": 56 * 56, "longest_edge": args.max_pixels}))
+    processor = Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 56 * 56, "longest_edge": args.max_pixels})
+    ready = partial(prepare, args=args, processor=processor, dtype=dtype)
     if rank == 0:  # the encoder as it starts, also when resuming: for `drift` and "before"
         open_log(out / "log.jsonl", args, start)
         heldout = walk.prepared(ready, heldout_pairs(walk, args.heldout), args.workers)
-        line, odd = geometry.describe_pairs([(*views, pairs[0][2].numpy())
-                                             for views, _, _, pairs in heldout])
-        say(f"views   {line}" + (f"\nwarning: {odd}" if odd else ""))
-        record, features, before = evaluate(encoder, heldout, args)
-        say(f"start   match accuracy {record['match_accuracy']:.1%} of held-out patches "
-            f"(chance {record['chance']:.1%})")
+        overlaps = [(*views, pairs[0][2].numpy()) for views, _, _, pairs in heldout]
+        line, odd = geometry.describe_pairs(overlaps)
+        say(f"views   {line}")
+        if odd:
+            say(f"warning: {odd}")
+        progress, start_features, before = evaluate(encoder, heldout, args)
+        say(f"start   match accuracy {progress['match_accuracy']:.1%} of held-out patches "
+            f"(chance {progress['chance']:.1%})")
         if not state:
-            write_line(out / "log.jsonl", {"step": 0, **record})
+            write_line(out / "log.jsonl", {"step": 0, **progress})
     if state:
         optimizer.load(out, state)
 
@@ -962,35 +1019,39 @@ def main(argv=None):
     begun = time.monotonic()
     batches = walk.batches(ready, start, args.steps, args.batch, rank, world, args.workers)
     for step, batch in enumerate(batches, start + 1):
-        samples, tick = [its for _, its in batch if its], time.monotonic()
+        tick = time.monotonic()
+        samples = [prepared for _, prepared in batch if prepared]
         # |P| counts the pairs of all processes, so that their gradients add up
-        count, loss, excess = sum(gather([len(pairs) for *_, pairs in samples])), 0.0, 0.0
+        count = sum(gather([len(pairs) for *_, pairs in samples]))
+        loss = excess = 0.0
         for _, pixels, grids, pairs in samples:
             e = encode(encoder, pixels, grids, args.grid)
             pairs = [(x, y, S.to(device)) for x, y, S in pairs]
-            L_CL, its_excess = alignment_loss(e, pairs, count, args)
+            L_CL, over_floor = alignment_loss(e, pairs, count, args)
             optimizer.backward(L_CL)
-            loss, excess = loss + L_CL.item(), excess + its_excess.item()
-        loss, excess = sum(gather([loss])), sum(gather([excess]))
+            loss += L_CL.item()
+            excess += over_floor.item()
+        loss = sum(gather([loss]))
+        excess = sum(gather([excess]))
         grad_norm = optimizer.reduce()
-        update_norm = optimizer.step(grad_norm) if count else None
+        moved = count > 0 and optimizer.step(grad_norm)
 
         record = {"step": step, "loss": loss, "excess": excess, "grad_norm": grad_norm,
-                  "update_norm": update_norm, "pairs_per_s": count / (time.monotonic() - tick)}
-        if update_norm is None:
+                  "pairs_per_s": count / (time.monotonic() - tick)}
+        if not moved:
             record = left_out(step, count, grad_norm, batch, optimizer, walk, say)
         stop = gather(stops)
         if rank == 0:
             if stop or step == args.steps or step % args.save_every == 0:
-                save_checkpoint(out, now | {"step": step}, optimizer)  # first what would be lost
-                progress, _, after = evaluate(encoder, heldout, args, features)
+                save_checkpoint(out, identity | {"step": step}, optimizer)
+                progress, _, after = evaluate(encoder, heldout, args, start_features)
                 draw_matches(out / "matches.png", heldout, before, after, args.grid)
                 record |= progress
                 say(f"step {step}  match accuracy {record['match_accuracy']:.1%} of held-out "
                     f"patches, excess {record['heldout_excess']:.3f}, drift {record['drift']:.2f}")
             write_line(out / "log.jsonl", record)
-            print_step(record, args.steps, (time.monotonic() - begun) / (step - start) * (
-                args.steps - step), ("loss", "excess", "grad_norm", "update_norm", "pairs_per_s"))
+            left = (time.monotonic() - begun) / (step - start) * (args.steps - step)
+            print_step(record, args.steps, left, ("loss", "excess", "grad_norm", "pairs_per_s"))
         if stop:
             gather([])  # torchrun ends all when one has ended: after the first has saved
             say(f"stopped after step {step}; go on with --resume --out {out}")

@@ -274,7 +274,7 @@ def test_runs(root, tmp_path, scenes, tiny_model, target, frozen, trained):
     forms = {"answer"} if target == "answer" else {"answer", "format", "action", "action_constant"}
     for line in (start, steps[-1]):
         assert forms <= set(line) and ("action" in line) == ("action" in forms)
-    assert all(line["update_norm"] > 0 and line["tokens_per_s"] > 0 for line in steps)
+    assert all(line["grad_norm"] > 0 and line["tokens_per_s"] > 0 for line in steps)
 
 
 def test_demo_without_the_stage_before(root, tmp_path):

@@ -86,14 +86,14 @@ def test_optimizer_equals_the_library(dtype, warmup, lr):
     library = torch.optim.AdamW([{"params": [p]} for p in trained], lr, (0.9, 0.95),
                                 weight_decay=0.0)
     for step in range(20):
-        before, sums = [p.detach().clone() for p in trained], [0.0] * 3
+        sums = [0.0] * 3
         for size, half in zip((1e-2, 1e-5) if step % 3 else (1e-8, 1e-8), x.to(dtype).split(16)):
             optimizer.backward(size * ours(half).float().square().sum())
             loss = size * scale * theirs(half).float().square().sum()
             sums = [total + its.float() for total, its in zip(
                 sums, torch.autograd.grad(loss, (a, b, c)))]
         norm = optimizer.reduce()
-        change = optimizer.step(norm)
+        assert optimizer.step(norm)
         for p, total in zip(trained, sums):
             p.grad = total / scale
         wanted = float(torch.nn.utils.clip_grad_norm_(trained, 1e-2))
@@ -103,11 +103,9 @@ def test_optimizer_equals_the_library(dtype, warmup, lr):
         for p, master in zip((a, b, c), trained):
             p.data.copy_(master)
         clipped.add(wanted > 1e-2)
-        moved = torch.cat([(p.detach() - its).flatten() for p, its in zip(trained, before)])
         assert norm == pytest.approx(wanted, rel=1e-4) and norm > 0
-        assert change == pytest.approx(float(moved.norm()), rel=1e-3)
     assert clipped == {True, False} and len(alive) == 120 and not any(alive)
-    for (p, master, _), wanted, rate in zip(
+    for (p, master, _, _), wanted, rate in zip(
             optimizer.tensors.values(), trained, rates, strict=True):
         torch.testing.assert_close(master, wanted, rtol=0, atol=1e-2 * rate)
         assert p.dtype == dtype and torch.equal(p, master.to(dtype))
@@ -134,7 +132,7 @@ def test_fp16_loss_scale():
     before = [p.clone() for p in model.parameters()]
     for scale in (2.0**15, 2.0**14):
         optimizer.backward(model(x).float().sum() * 1e5)
-        assert optimizer.step(optimizer.reduce()) is None
+        assert not optimizer.step(optimizer.reduce())
         assert (optimizer.scale, optimizer.t) == (scale, 0)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
     optimizer.good += 998
@@ -161,7 +159,7 @@ def test_steps_in_a_row_without_an_update(dtype, norms, last):
     for norm in norms[:-1]:
         assert miss(norm)["skipped"].endswith(" (a)")
     optimizer.reduce()
-    assert optimizer.step(1.0) is not None and not optimizer.missed
+    assert optimizer.step(1.0) and not optimizer.missed
     for norm in norms[:-1]:
         miss(norm)
     with pytest.raises(geometry.DataError, match=f"^{len(norms)} steps in a row .*{last}"):
@@ -178,14 +176,14 @@ def test_peak_memory(dtype, start, made, stepped, steps):
         model = torch.nn.Sequential(*[torch.nn.Linear(64, 64, dtype=start) for _ in range(40)])
         optimizer = optimizer_of(model, dtype)
         for _ in range(steps):
-            for _, master, _ in optimizer.tensors.values():
+            for _, master, _, _ in optimizer.tensors.values():
                 master.grad = torch.ones_like(master)
             optimizer.step(optimizer.reduce())
     size, most = 40 * 65 * 64, stepped if steps else max(made, start.itemsize)
     live = np.cumsum([event.nbytes() for event in seen.kineto_results.events()
                       if event.name() == "[memory]"]) / size
     assert abs(live[-1] - (stepped - 4 if steps else made)) < 0.01  # no gradient is left
-    assert most - 0.01 < live.max() < 1.05 * most + 2 * 4 * 64 * 64 / size
+    assert most - 0.01 < live.max() < 1.05 * most + 4 * 64 * 64 / size
 
 
 # --- models in and out
@@ -268,7 +266,7 @@ def test_kill_while_a_run_is_saved(tiny_model, tmp_path):
 
     def save():
         number = next(numbers)
-        for _, master, adam in optimizer.tensors.values():
+        for _, master, adam, _ in optimizer.tensors.values():
             master.data.fill_(number)
             adam.state[master] = dict.fromkeys(("exp_avg", "exp_avg_sq"), master.detach().clone())
         pasta.save_checkpoint(out, {"step": number, "args": {"steps": 0}}, optimizer)
@@ -299,7 +297,7 @@ def assert_same_log(one, other, rel):
     for a, b in zip(records(one), records(other), strict=True):
         for key in a.keys() & b.keys() - {"tokens_per_s", "pairs_per_s", "seconds"}:
             assert a[key] == b[key] or a[key] == pytest.approx(b[key], rel=rel, abs=rel / 1e3), key
-        assert a["step"] == 0 or a["update_norm"] > 0
+        assert a["step"] == 0 or a["grad_norm"] > 0
     one, other = ([sorted(out.open()) for out in path.glob("rollouts.jsonl")]
                   for path in (one, other))
     assert [its[1:] for its in one] == [its[1:] for its in other]  # the first one has the args
