@@ -192,15 +192,27 @@ def prompt_of(item, bench, mode):
 # ------------------------------------------------------------------------------ how it is scored
 
 
+def before_end(text):
+    """A text up to its first end token, which other engines may hand out with what is behind it."""
+    return re.split("|".join(map(re.escape, END)), text, maxsplit=1)[0]
+
+
 def answer_of(response):
-    """The answer in a response: its first <answer> block, else what follows a reasoning block."""
-    _, opened, rest = response.partition("<answer>")
-    if opened:
-        return rest.partition("</answer>")[0].strip()
-    for tag in ("action", "think"):
-        if f"<{tag}>" in response:
-            return response.partition(f"</{tag}>")[2].strip()
-    return response.strip()
+    """The answer in a response: its first <answer> block outside of reasoning that holds something;
+    without such a block, what follows the last reasoning.
+
+    Reasoning stands between <think> or <action> and its end; it reaches from the text's beginning
+    where only its end is there, and to the text's end where that lacks.
+    """
+    text = before_end(response)
+    first = re.search("<(/?)(think|action)>", text)
+    if first and first[1]:
+        text = f"<{first[2]}>{text}"
+    outside = re.sub(r"<(think|action)>.*?(</\1>|\Z)", "</think>", text, flags=re.DOTALL)
+    blocks = re.findall(r"<answer>(.*?)(?:</answer>|\Z)", outside, re.DOTALL)
+    if blocks:
+        return next(filter(None, map(str.strip, blocks)), "")
+    return re.split("</think>|</action>", outside)[-1].strip()
 
 
 def score_answer(bench, task, answer, gold):
@@ -387,7 +399,8 @@ def score_run(bench, name, mode, records, convention="hatch"):
     for (mode "action" or "language"), "R_fmt" and "R_act". Returns the Run."""
     scores, golds = {}, {}
     for record in records:
-        item, text = record["item"], record["response"] or ""
+        item, text = record["item"], before_end(record["response"] or "")
+        record["response"] = record["response"] and text
         record["answer"] = answer_of(text)
         record["score"] = score_answer(bench, item.task, record["answer"], item.gold)
         found = {item.task: record["score"]}
@@ -457,8 +470,9 @@ def load_items(bench, data, skip=print):
     row that cannot be used. Raises DataError if nothing usable is there, or two copies are.
     """
     its, data, items, seen, ids = BENCHES[bench], Path(data), [], {}, Counter()
-    files = [data] if data.is_file() else next(
-        filter(None, (sorted(data.rglob(pattern)) for pattern in its.files)), [])
+    below = files_below(data)
+    found = ([path for path in below if path.match(pattern)] for pattern in its.files)
+    files = [data] if data.is_file() else next(filter(None, found), [])
     for path in files:
         for number, row in enumerate(read_rows(path, its.fields)):
             try:
@@ -479,6 +493,19 @@ def load_items(bench, data, skip=print):
     return items
 
 
+def files_below(folder):
+    """All files below a folder, in order, behind links too; each real folder once."""
+    files, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        if os.path.realpath(place) in seen:
+            folders.clear()  # or links could lead round in circles
+            continue
+        seen.add(os.path.realpath(place))
+        files += [Path(place, name) for name in names]
+    return sorted(files)
+
+
 def read_item(bench, row, folder):
     """Item of a row {field: value} of a file in `folder`. Raises DataError for one that cannot be
     used: a field is missing, or no answer can match its gold."""
@@ -495,7 +522,11 @@ def read_item(bench, row, folder):
     gold = letter[1].upper() if letter else gold.strip()
     if score_answer(bench, task, gold, gold) < 1:
         raise geometry.DataError(f"no answer can match its gold {gold!r:.60}")
-    if not (cells := row.get("images") or row.get("image")):
+    cells = row.get("images") or row.get("image")
+    if row.get("base64"):  # a tsv's cell: several pictures in a list
+        parts = re.findall(r"[\w+/=]+", re.sub("data:[^,]*;base64,", "", row["base64"]))
+        cells = [base64.b64decode(part, validate=True) for part in parts]
+    if not cells:
         raise geometry.DataError("it has no image")
     cells = cells if isinstance(cells, list) else [cells]
     poses = np.array(row["pose"], float).reshape(len(cells), 4, 4) if row.get("pose") else None
@@ -517,10 +548,10 @@ def read_rows(path, fields):
             raise geometry.DataError(f"{path}: cannot be read as parquet ({error})") from None
     elif path.suffix == ".tsv":  # MMSI-Bench's: pictures in base64, several in a list
         csv.field_size_limit(1 << 30)
-        for row in csv.DictReader(io.StringIO(read_text(path)), delimiter="\t"):
-            pictures = re.findall(r"[\w+/=]+", row.get("image") or "")
+        text = io.StringIO(read_text(path), newline=None)  # a bare carriage return ends a line
+        for row in csv.DictReader(text, delimiter="\t"):
             yield {**row, "id": row.get("index"), "question_type": row.get("category"),
-                   "image": [base64.b64decode(picture) for picture in pictures]}
+                   "base64": row.get("image"), "image": None}
     elif path.suffix == ".jsonl":
         for line in filter(str.strip, read_text(path).split("\n")):
             try:

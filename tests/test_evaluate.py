@@ -213,6 +213,46 @@ def test_mmsi_tsv(tmp_path):
     assert [picture.size for picture in item.images()] == [(64, 48), (80, 60)]
 
 
+def test_cells_of_a_tsv_that_cannot_be_decoded(tmp_path):
+    """Each is named and left out, a data URL and a bare carriage return are none of them."""
+    good, skipped = base64.b64encode(jpeg(size=(64, 48))).decode(), []
+    assert len(good) % 4 == 0
+    rows = [good, f"data:image/jpeg;base64,{good}", good[:-1], good.rstrip("=")[:-2], "a", "*", ""]
+    lines = ["index\timage\tquestion\tanswer\tcategory", *(
+        f"{k}\t{cell}\tA?\tB\tMSR" for k, cell in enumerate(rows)), "8\tab\rc"]
+    (tmp_path / "MMSI_bench.tsv").write_bytes("\n".join(lines).encode())
+    items = evaluate.load_items("mmsi", tmp_path, skipped.append)
+    assert [item.id for item in items] == ["0", "1"] and len(skipped) == len(lines) - 2
+    assert all(item.images()[0].size == (64, 48) for item in items)
+    assert all(f"MMSI_bench.tsv, row {k}: " in said for k, said in enumerate(skipped, 2))
+
+
+def test_a_benchmark_behind_links(tmp_path):
+    """Links that lead back to where they stand are not followed twice."""
+    write_mmsi(tmp_path / "elsewhere/deep")
+    for name, target in (("a/data", "elsewhere"), ("elsewhere/up", "a"), ("b", "a/data/deep")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(tmp_path / target)
+    for name in ("a", "b", "."):
+        assert len(evaluate.load_items("mmsi", tmp_path / name, lambda text: None)) == 3
+
+
+@pytest.mark.parametrize("text, answer", [
+    ("Option A. is wrong...</think>\n\nC", "C"), ("right 20<|im_end|>", "right 20"),
+    ("C<|endoftext|><|im_start|>user\nB<|im_end|>", "C"), ("<answer>A<|im_end|>", "A"),
+    ("<think>... <answer></answer> ...</think><answer>C</answer>", "C"),
+    ("<think>maybe <answer>B</answer></think><answer>C</answer>", "C"),
+    ("maybe <answer>B</answer>, no</think><answer>C</answer>", "C"),
+    ("<think>maybe <answer>B</answer></think>C", "C"), ("<think>x</think>", ""),
+    ("<answer>A</answer><answer>B</answer>", "A"), ("<answer> </answer><answer>B</answer>", "B"),
+    ("<answer>A</answer><think>or <answer>B</answer>?</think>", "A"), ("<answer></answer>C", ""),
+    ("<action>[]</action><think>x</think> C ", "C"), ("<think>a <action></think>[]</action>C", "C"),
+    ("<think>a</think>B<think>so <answer>C</answer>", ""), ("<action>[]</action><answer>C", "C"),
+    ("I think. <action>[]</action> C", "C"), ("Well: <answer>C</answer> it is", "C"), ("C", "C")])
+def test_the_answer_of_a_response(text, answer):
+    assert evaluate.answer_of(text) == answer
+
+
 def write_cvbench(folder):
     for name, sources in (("2d", ("ADE20K", "COCO", "Nowhere")), ("3d", ("Omni3D",))):
         path = write_parquet(folder / f"test_{name}.parquet", [
@@ -372,6 +412,7 @@ def test_turns_and_walks_apart_beside_the_best_constant_plan(score, tmp_path):
     texts = [rewards.write_response(rewards.gold_plans(item.poses), said) for item, said in zip(
         items, ("right 20", "left 20", "right 60", "right 30"))]
     texts[2] = texts[0]  # 20 where 60 is right
+    texts[0] += "<|im_end|>\nand more"  # as some engines hand it out
     _, rows = score(texts, "--mode", "action")
     off, walk = math.exp(-40 / 30), math.exp(-2 - 10 / 30)  # of 20 where it is 60; where it walks
     for label, n, expected in (
