@@ -22,9 +22,9 @@
 Writes --out: predictions.jsonl (as they are made: an interrupted evaluation continues),
 results.json, report.html.
 
-Deviations from the official scorers: the answer is cut out of <answer>, or else of what follows a
-reasoning block, and stripped before the official rule sees it; an empty answer scores 0, where
-SPAR-Bench's own code scores it 1.
+Deviations from the official scorers: a response ends at its first end token; the answer is cut out
+of <answer>, or else of what follows reasoning, and stripped before the official rule sees it; an
+empty answer scores 0, where SPAR-Bench's own code scores it 1.
 """
 
 import argparse
@@ -199,20 +199,29 @@ def before_end(text):
 
 def answer_of(response):
     """The answer in a response: its first <answer> block outside of reasoning that holds something;
-    without such a block, what follows the last reasoning.
+    without a block, what follows the last reasoning.
 
-    Reasoning stands between <think> or <action> and its end; it reaches from the text's beginning
-    where only its end is there, and to the text's end where that lacks.
+    Reasoning stands between <think> or <action> and its end. Where a text begins with the end of a
+    <think>, a chat template opened it; what never closes reaches to the text's end.
     """
     text = before_end(response)
-    first = re.search("<(/?)(think|action)>", text)
-    if first and first[1]:
-        text = f"<{first[2]}>{text}"
-    outside = re.sub(r"<(think|action)>.*?(</\1>|\Z)", "</think>", text, flags=re.DOTALL)
-    blocks = re.findall(r"<answer>(.*?)(?:</answer>|\Z)", outside, re.DOTALL)
+    thoughts = re.findall("</?think>", text)
+    depth = 1 if thoughts and thoughts[0] == "</think>" else 0
+    outside, behind = "", ""
+    for part in re.split("(</?(?:think|action)>)", text):
+        if part in ("<think>", "<action>"):
+            depth += 1
+            behind = ""
+        elif part in ("</think>", "</action>"):
+            depth = max(0, depth - 1)
+            behind = ""
+        elif depth == 0:
+            outside += part
+            behind = part
+    blocks = re.findall(r"<answer>(.*?)(?=</?answer>|\Z)", outside, re.DOTALL)
     if blocks:
         return next(filter(None, map(str.strip, blocks)), "")
-    return re.split("</think>|</action>", outside)[-1].strip()
+    return behind.strip()
 
 
 def score_answer(bench, task, answer, gold):
@@ -523,8 +532,8 @@ def read_item(bench, row, folder):
     if score_answer(bench, task, gold, gold) < 1:
         raise geometry.DataError(f"no answer can match its gold {gold!r:.60}")
     cells = row.get("images") or row.get("image")
-    if row.get("base64"):  # a tsv's cell: several pictures in a list
-        parts = re.findall(r"[\w+/=]+", re.sub("data:[^,]*;base64,", "", row["base64"]))
+    if row.get("base64"):  # a tsv's cell: several pictures stand in a list, as Python prints it
+        parts = re.findall(r"[^\[\],'\"]+", re.sub(r"\s|data:[^,]*,", "", row["base64"]))
         cells = [base64.b64decode(part, validate=True) for part in parts]
     if not cells:
         raise geometry.DataError("it has no image")

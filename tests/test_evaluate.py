@@ -217,9 +217,10 @@ def test_cells_of_a_tsv_that_cannot_be_decoded(tmp_path):
     """Each is named and left out, a data URL and a bare carriage return are none of them."""
     good, skipped = base64.b64encode(jpeg(size=(64, 48))).decode(), []
     assert len(good) % 4 == 0
-    rows = [good, f"data:image/jpeg;base64,{good}", good[:-1], good.rstrip("=")[:-2], "a", "*", ""]
+    rows = [good, f"data:image/jpeg;base64,{good}", good[:-1], good.rstrip("=")[:-2], "a", f"{good}*{good}",
+            "", "QUJD QUJDR"]
     lines = ["index\timage\tquestion\tanswer\tcategory", *(
-        f"{k}\t{cell}\tA?\tB\tMSR" for k, cell in enumerate(rows)), "8\tab\rc"]
+        f"{k}\t{cell}\tA?\tB\tMSR" for k, cell in enumerate(rows)), "9\tab\rc"]
     (tmp_path / "MMSI_bench.tsv").write_bytes("\n".join(lines).encode())
     items = evaluate.load_items("mmsi", tmp_path, skipped.append)
     assert [item.id for item in items] == ["0", "1"] and len(skipped) == len(lines) - 2
@@ -243,6 +244,7 @@ def test_a_benchmark_behind_links(tmp_path):
     ("<think>... <answer></answer> ...</think><answer>C</answer>", "C"),
     ("<think>maybe <answer>B</answer></think><answer>C</answer>", "C"),
     ("maybe <answer>B</answer>, no</think><answer>C</answer>", "C"),
+    ("<think>a<think>b</think> <answer>B</answer></think><answer>C</answer>", "C"),
     ("<think>maybe <answer>B</answer></think>C", "C"), ("<think>x</think>", ""),
     ("<answer>A</answer><answer>B</answer>", "A"), ("<answer> </answer><answer>B</answer>", "B"),
     ("<answer>A</answer><think>or <answer>B</answer>?</think>", "A"), ("<answer></answer>C", ""),
