@@ -217,8 +217,8 @@ def test_cells_of_a_tsv_that_cannot_be_decoded(tmp_path):
     """Each is named and left out, a data URL and a bare carriage return are none of them."""
     good, skipped = base64.b64encode(jpeg(size=(64, 48))).decode(), []
     assert len(good) % 4 == 0
-    rows = [good, f"data:image/jpeg;base64,{good}", good[:-1], good.rstrip("=")[:-2], "a", f"{good}*{good}",
-            "", "QUJD QUJDR"]
+    rows = [good, f"data:image/jpeg;base64,{good}", good[:-1], good.rstrip("=")[:-2], "a",
+            f"{good}*{good}", "", "QUJD QUJDR"]
     lines = ["index\timage\tquestion\tanswer\tcategory", *(
         f"{k}\t{cell}\tA?\tB\tMSR" for k, cell in enumerate(rows)), "9\tab\rc"]
     (tmp_path / "MMSI_bench.tsv").write_bytes("\n".join(lines).encode())
