@@ -87,14 +87,16 @@ def parse_args(argv=None):
                    help="share of action responses in --target mixed")
     p.add_argument("--max-pixels", type=int, help="budget per image, larger ones are scaled down; "
                                                   "default: 448 * 448, demo: 112 * 112")
-    p.add_argument("--freeze", choices=("vision", "language", "nothing"),
-                   help="keep the image encoder, or the language model, as it is; default: "
-                        "nothing, demo: vision")
+    p.add_argument("--freeze", choices=("vision", "language", "nothing"), default="nothing",
+                   help="keep the image encoder, or the language model, as it is")
     # optimisation
     p.add_argument("--steps", type=int, help="default: one epoch; demo: 400")
     p.add_argument("--batch", type=int,
                    help="samples per step over all processes; paper: 1; demo: 8")
     p.add_argument("--lr", type=float, help="paper: 1e-5; demo: 4e-4")
+    p.add_argument("--vision-lr", type=float,  # not in the paper
+                   help="lr of the image encoder; default: --lr; demo: 4e-5, since a language "
+                        "model that starts random needs more than what PaStA has taught")
     p.add_argument("--warmup", type=int,
                    help="steps in which lr rises to its value; default: 0, it is fixed; demo: 50")
     p.add_argument("--clip", type=float, default=1.0,  # not in the paper
@@ -123,13 +125,13 @@ def parse_args(argv=None):
               "out": "out/sft" if first.target == "answer" else "out/cold_start"}
     if first.data is None:  # the only place where demo and real run differ
         values |= {"data": "out/demo/data", "samples": 20_000, "max_pixels": 112 * 112,
-                   "freeze": "vision", "batch": 8, "lr": 4e-4, "warmup": 50, "betas": [0.9, 0.98],
+                   "batch": 8, "lr": 4e-4, "vision_lr": 4e-5, "warmup": 50, "betas": [0.9, 0.98],
                    "tasks": list(geometry.MULTI_VIEW_TASKS) if actions else ["camera_turn"],
                    "steps": 400, "save_every": 200, "no_recompute": True}
     else:
         values |= {"samples": 1_000 if actions else 10_000, "max_pixels": 448 * 448,
-                   "tasks": list(geometry.MULTI_VIEW_TASKS),
-                   "freeze": "nothing", "batch": 1, "lr": 1e-5, "warmup": 0, "betas": [0.9, 0.999]}
+                   "tasks": list(geometry.MULTI_VIEW_TASKS), "batch": 1, "lr": 1e-5,
+                   "vision_lr": first.lr or 1e-5, "warmup": 0, "betas": [0.9, 0.999]}
     return settle(p, argv, values)
 
 
@@ -345,23 +347,26 @@ class Optimizer:
 
     At lr 1e-5 most updates are smaller than the spacing of bf16 numbers, which alone would hardly
     move. So the model computes in 16 bits, while weights, gradients and moments are kept in fp32.
-    An fp32 model is its own master. fp16 gradients underflow: the loss is scaled up for them.
+    An fp32 model is its own master. fp16 gradients underflow: the loss is scaled up for them. The
+    image encoder in a whole model has a learning rate of its own.
     """
 
     def __init__(self, model, args, dtype, device):
-        self.lr, self.warmup, self.clip = args.lr, args.warmup, args.clip
+        self.warmup, self.clip = args.warmup, args.clip
         self.t = self.good = 0  # updates; finite ones in a row
         self.missed = []  # why each step since the last update changed nothing
         self.scale = 2.0**16 if dtype == torch.float16 else 1.0
         self.patience = 5 if self.scale == 1 else 25  # steps in a row; a lower scale may mend it
-        self.tensors, home = {}, torch.device("cpu") if args.offload else device
+        home = torch.device("cpu") if args.offload else device
+        self.tensors, self.rates = {}, {}
         for name, p in model.named_parameters():  # tensor by tensor: nothing ever exists twice
             trains, master = p.requires_grad, torch.nn.Parameter(p.data)
             if trains:
                 master.data = p.data.to(home, torch.float32)
                 p.register_post_accumulate_grad_hook(partial(self.take, master))
+                self.rates[name] = args.vision_lr if "visual." in name else args.lr
                 self.tensors[name] = p, master, torch.optim.AdamW(
-                    [master], args.lr, args.betas, weight_decay=0, fused=True)
+                    [master], self.rates[name], args.betas, weight_decay=0, fused=True)
             shared = trains and dtype == torch.float32 and home == device
             p.data = master.data if shared else p.data.to(device, dtype)
         model.to(device)  # the buffers, in their own dtype
@@ -391,10 +396,11 @@ class Optimizer:
         changes nothing, if the gradient is not finite."""
         finite, change = math.isfinite(norm), 0.0
         self.t, self.good = self.t + finite, self.good + 1 if finite else 0
-        for p, master, adam in self.tensors.values():
+        warm = min(1.0, self.t / max(self.warmup, 1))
+        for name, (p, master, adam) in self.tensors.items():
             if finite:
                 master.grad *= min(1.0, self.clip / (norm + 1e-12))
-                adam.param_groups[0]["lr"] = self.lr * min(1.0, self.t / max(self.warmup, 1))
+                adam.param_groups[0]["lr"] = self.rates[name] * warm
                 before = master.detach().clone()
                 adam.step()
                 change += before.sub_(master.detach()).norm() ** 2

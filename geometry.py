@@ -669,14 +669,14 @@ def describe_pairs(pairs):
 
 # ------------------------------------------------------- rendered rooms: the inverse of unproject
 
-ROOM_VERSION = 2  # of what render_rooms writes; raise it when that changes: old rooms are redone
+ROOM_VERSION = 3  # of what render_rooms writes; raise it when that changes: old rooms are redone
 HEADINGS = 11 * np.array([-3, -2, 1, 3])  # degrees; any two differ by another of 11, 22, .. 66 (a
 # Golomb ruler), and with +-5.5 each the pans from one to another spread evenly
 ROOM_RGB = {"red": (205, 45, 40), "green": (50, 150, 65), "blue": (45, 85, 200),
              "yellow": (240, 205, 55), "orange": (240, 135, 40), "purple": (130, 65, 170),
              "pink": (245, 155, 190), "white": (240, 238, 230), "black": (45, 45, 50)}
-OTHER_TASKS = ("view_change_infer", "position_matching", "depth_prediction_oc_mv", "",
-               "depth_prediction_oc", "obj_spatial_relation_oo_mv", "obj_spatial_relation_oo", "")
+OTHER_TASKS = ("view_change_infer", "position_matching", "depth_prediction_oc_mv",
+               "obj_spatial_relation_oo_mv")  # the rooms', beside camera_turn
 
 
 @dataclass
@@ -803,9 +803,9 @@ def _questions(room, seen, rng):
     """Yield (task, frames, question, answer, wrong options: none for a fill, markers).
 
     seen: _in_view of each frame. camera_turn is asked of every ordered pair that turns by 10 to 70
-    degrees, or by 10 to 60 after the step; behind three of four stands one of OTHER_TASKS, about a
-    red-marked block or picture in view 0 and a blue-marked one in the last view, which is view 0
-    in a task about one view.
+    degrees, or by 10 to 60 after the step; behind it stands one of OTHER_TASKS, about a red-marked
+    block or picture in view 0, which view 1 shows too if it is to be found there, and a blue-marked
+    one in view 1.
     """
     for i, j in itertools.product(range(5), range(1, 5)):
         pose = relative_pose(room.poses[i], room.poses[j])
@@ -817,16 +817,16 @@ def _questions(room, seen, rng):
         yield ("camera_turn", (i, j), "Which way did the camera turn from view 0 to view 1, and "
                "how many degrees?", f"{turn} {abs(right):.0f}", [], {})
         task = str(rng.choice(OTHER_TASKS))
-        frames = (i, j) if task in MULTI_VIEW_TASKS else (i,)
-        n, first, last = len(frames) - 1, seen[i], seen[frames[-1]]
-        both = [(a, b) for a in first for b in last if a != b]
+        first, last = seen[i], seen[j]
+        both = [(a, b) for a in first for b in last
+                if a != b and (a in last or task != "position_matching")]
         if not both:
             continue
         red, blue = both[rng.integers(len(both))]
         (red_box, red_point, near), (blue_box, blue_point, depth) = first[red], last[blue]
         one, other = f"The {room.names[red]}", f"the {room.names[blue]}"
         if task == "view_change_infer":
-            yield (task, frames, "How did the camera get from view 0 to view 1? Answer in meters "
+            yield (task, (i, j), "How did the camera get from view 0 to view 1? Answer in meters "
                    "and degrees as move_<right_or_left>:x,move_<down_or_up>:x,"
                    "move_<forward_or_backward>:x,rotate_<down_or_up>:x,rotate_<right_or_left>:x.",
                    f"move_{'right' if x >= 0 else 'left'}:{abs(x):.1f},"
@@ -834,25 +834,25 @@ def _questions(room, seen, rng):
                    f"move_{'forward' if z >= 0 else 'backward'}:{abs(z):.1f},"
                    f"rotate_{'up' if up >= 0 else 'down'}:{abs(up):.0f},"
                    f"rotate_{turn}:{abs(right):.0f}", [], {})
-        elif task == "position_matching" and red in last:
+        elif task == "position_matching":
             gold, *wrong = [str(last[k][0]) for k in (red, *(k for k in last if k != red))]
-            yield (task, frames, f"{one} is in the red box of view 0. Where is it in view 1, as "
+            yield (task, (i, j), f"{one} is in the red box of view 0. Where is it in view 1, as "
                    "[x1, y1, x2, y2] from 0 to 1000?", gold, wrong[:3],
                    {"red_bbox": [red_box], "bbox_img_idx": [[0]]})
-        elif task.startswith("depth"):
-            yield (task, frames, f"{one} (red point, view 0) is {near:.1f} meters deep. How deep "
-                   f"is {other} (blue point, view {n}), in meters? Give one number.",
+        elif task == "depth_prediction_oc_mv":
+            yield (task, (i, j), f"{one} (red point, view 0) is {near:.1f} meters deep. How deep "
+                   f"is {other} (blue point, view 1), in meters? Give one number.",
                    f"{depth:.1f}", [], {"red_point": [red_point], "blue_point": [blue_point],
-                                        "point_img_idx": [[0, n]]})
-        elif task.startswith("obj"):
+                                        "point_img_idx": [[0, 1]]})
+        else:  # obj_spatial_relation_oo_mv
             x, _, z = (room.centre[red] - room.centre[blue]) @ room.poses[i][:3, :3]
             wrong = ["left, closer", "left, farther", "right, closer", "right, farther"]
             gold = wrong.pop(2 * int(x > 0) + int(z > 0))
             if min(abs(x), abs(z)) > 0.15:  # else nearly undecided
-                yield (task, frames, f"{one} is in the red box of view 0, {other} in the blue box "
-                       f"of view {n}. Where is the first relative to the second, seen from view 0?",
+                yield (task, (i, j), f"{one} is in the red box of view 0, {other} in the blue box "
+                       "of view 1. Where is the first relative to the second, seen from view 0?",
                        gold, wrong, {"red_bbox": [red_box], "blue_bbox": [blue_box],
-                                     "bbox_img_idx": [[0, n]]})
+                                     "bbox_img_idx": [[0, 1]]})
 
 
 def render_rooms(root, rooms=1000, seed=0, size=128, held_out=0.1):
@@ -928,16 +928,22 @@ def _render_room(root, serial, seed, size):
     return records
 
 
-def _write_benchmark(folder, samples, most=700):
-    """SPAR-Bench's rows for at most so many samples, evenly spaced; pictures with markers drawn."""
+def _write_benchmark(folder, samples, most=140):
+    """SPAR-Bench's rows for at most so many samples of each task, evenly spaced within it;
+    pictures with markers drawn."""
     (folder / "images").mkdir(parents=True)
-    rows = []
-    for sample in samples[::math.ceil(len(samples) / most)]:
+    rows, by_task, drawn = [], {}, []
+    for sample in samples:
+        by_task.setdefault(sample.task, []).append(sample)
+    for of_task in by_task.values():
+        count = min(most, len(of_task))
+        drawn += [of_task[k * len(of_task) // count] for k in range(count)]
+    for sample in drawn:
         paths = [f"images/{len(rows)}_{k}.jpg" for k in range(len(sample.images))]
         for path, picture in zip(paths, sample.pictures()):
             picture.save(folder / path, quality=92)
         rows.append(json.dumps({
-            "id": len(rows), "img_type": "multi_view" if len(paths) > 1 else "single_view",
+            "id": len(rows), "img_type": "multi_view",
             "format_type": sample.kind, "task": sample.task, "source": sample.source,
             "image": paths, "question": sample.question, "answer": sample.answer,
             "pose": [sample.pose(k).flatten().tolist() for k in range(len(paths))]}) + "\n")

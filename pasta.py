@@ -115,7 +115,8 @@ def parse_args(argv=None):
     p.add_argument("--workers", type=int, default=min(8, os.cpu_count()),
                    help="threads that prepare images and overlaps ahead")
 
-    demo = p.parse_args(argv).data is None
+    first = p.parse_args(argv)
+    demo = first.data is None
     if demo:  # the only place where demo and real run differ
         values = {"model": "out/demo/model", "data": "out/demo/data", "batch": 4, "lr": 1e-3,
                   "steps": 1000, "max_pixels": 112 * 112, "no_recompute": True}
@@ -123,6 +124,7 @@ def parse_args(argv=None):
         values = {"model": "Qwen/Qwen2.5-VL-3B-Instruct", "batch": 1, "lr": 1e-5,
                   "max_pixels": 448 * 448}
     return settle(p, argv, values | {
+        "vision_lr": first.lr or values["lr"],  # nothing else trains
         "demo": demo, "betas": [0.9, 0.999], "warmup": 0, "offload": False})  # not in the paper
 
 
@@ -319,8 +321,9 @@ def make_demo_model(path, data, seed):
     random, but for what a pretrained model has learnt from a trillion words and no tiny one can in
     minutes (put_heads_in).
     """
-    stamp = path.with_suffix(".seed")
-    if stamp.exists() and stamp.read_text() == str(seed):
+    stamp = path.with_suffix(".json")
+    made_of = json.dumps({"seed": seed, "rooms": geometry.ROOM_VERSION})  # whose texts it reads
+    if stamp.exists() and stamp.read_text() == made_of:
         return
     texts = 50 * [rewards.ACTION_INSTRUCTION, rewards.ANSWER_INSTRUCTION,
                   rewards.LANGUAGE_INSTRUCTION, "system\nYou are a helpful assistant.",
@@ -361,7 +364,7 @@ def make_demo_model(path, data, seed):
     shutil.rmtree(path, ignore_errors=True)
     for part in (model, tokenizer, Qwen2VLImageProcessorPil()):
         part.save_pretrained(path)
-    stamp.write_text(str(seed))
+    stamp.write_text(made_of)
 
 
 @torch.no_grad()
@@ -432,23 +435,26 @@ class Optimizer:
 
     At lr 1e-5 most updates are smaller than the spacing of bf16 numbers, which alone would hardly
     move. So the model computes in 16 bits, while weights, gradients and moments are kept in fp32.
-    An fp32 model is its own master. fp16 gradients underflow: the loss is scaled up for them.
+    An fp32 model is its own master. fp16 gradients underflow: the loss is scaled up for them. The
+    image encoder in a whole model has a learning rate of its own.
     """
 
     def __init__(self, model, args, dtype, device):
-        self.lr, self.warmup, self.clip = args.lr, args.warmup, args.clip
+        self.warmup, self.clip = args.warmup, args.clip
         self.t = self.good = 0  # updates; finite ones in a row
         self.missed = []  # why each step since the last update changed nothing
         self.scale = 2.0**16 if dtype == torch.float16 else 1.0
         self.patience = 5 if self.scale == 1 else 25  # steps in a row; a lower scale may mend it
-        self.tensors, home = {}, torch.device("cpu") if args.offload else device
+        home = torch.device("cpu") if args.offload else device
+        self.tensors, self.rates = {}, {}
         for name, p in model.named_parameters():  # tensor by tensor: nothing ever exists twice
             trains, master = p.requires_grad, torch.nn.Parameter(p.data)
             if trains:
                 master.data = p.data.to(home, torch.float32)
                 p.register_post_accumulate_grad_hook(partial(self.take, master))
+                self.rates[name] = args.vision_lr if "visual." in name else args.lr
                 self.tensors[name] = p, master, torch.optim.AdamW(
-                    [master], args.lr, args.betas, weight_decay=0, fused=True)
+                    [master], self.rates[name], args.betas, weight_decay=0, fused=True)
             shared = trains and dtype == torch.float32 and home == device
             p.data = master.data if shared else p.data.to(device, dtype)
         model.to(device)  # the buffers, in their own dtype
@@ -478,10 +484,11 @@ class Optimizer:
         changes nothing, if the gradient is not finite."""
         finite, change = math.isfinite(norm), 0.0
         self.t, self.good = self.t + finite, self.good + 1 if finite else 0
-        for p, master, adam in self.tensors.values():
+        warm = min(1.0, self.t / max(self.warmup, 1))
+        for name, (p, master, adam) in self.tensors.items():
             if finite:
                 master.grad *= min(1.0, self.clip / (norm + 1e-12))
-                adam.param_groups[0]["lr"] = self.lr * min(1.0, self.t / max(self.warmup, 1))
+                adam.param_groups[0]["lr"] = self.rates[name] * warm
                 before = master.detach().clone()
                 adam.step()
                 change += before.sub_(master.detach()).norm() ** 2

@@ -538,7 +538,23 @@ def test_answers_and_markers_of_rooms_are_exact(rooms):
             red, blue = (first.room.centre[first.room.names.index(name)] for name in names)
             x, _, z = first.pose[:3, :3].T @ (red - blue)
             assert answer == f"{'left' if x < 0 else 'right'}, {'closer' if z < 0 else 'farther'}"
-    assert len(asked) == 7 and min(asked.values()) > 2
+    assert len(asked) == 5 and min(asked.values()) > 2
+    assert 2 * asked["camera_turn"] > asked.total() > 1.9 * asked["camera_turn"]
+
+
+def test_benchmark_of_rooms_is_drawn_by_task(rooms, tmp_path):
+    """So many of each task, or all there are, evenly spaced; each question is asked once."""
+    val = geometry.load_samples(rooms, split="val")
+    there = collections.Counter(sample.task for sample in val)
+    most = min(there.values()) + 1
+    geometry._write_benchmark(tmp_path, val, most)
+    rows = [json.loads(line) for line in (tmp_path / "rooms.jsonl").read_text().splitlines()]
+    asked = collections.Counter(row["task"] for row in rows)
+    assert asked == {task: min(most, count) for task, count in there.items()}
+    turns = [sample.question + sample.answer for sample in val if sample.task == "camera_turn"]
+    drawn = [row["question"] + row["answer"] for row in rows if row["task"] == "camera_turn"]
+    assert drawn == [turns[k * len(turns) // most] for k in range(most)]
+    assert [row["id"] for row in rows] == list(range(len(rows)))
 
 
 def test_rooms_are_deterministic_reused_and_redone(tmp_path):

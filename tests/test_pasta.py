@@ -217,6 +217,16 @@ def test_gradient_reaches_the_whole_encoder_and_learning_lowers_the_loss(tiny_mo
     assert losses[-1] < losses[0] - 0.05
 
 
+def test_demo_model_is_made_anew_for_other_rooms(scenes, tmp_path, monkeypatch):
+    """For another seed or other texts, which its tokenizer is trained on; else it is left alone."""
+    path, times = tmp_path / "model", []
+    for seed, version in ((0, 1), (0, 1), (0, 2), (1, 2)):
+        monkeypatch.setattr(geometry, "ROOM_VERSION", version)
+        pasta.make_demo_model(path, scenes, seed)
+        times.append((path / "model.safetensors").stat().st_mtime_ns)
+    assert times[0] == times[1] < times[2] < times[3]
+
+
 # --- samples
 
 

@@ -3,6 +3,7 @@ line for bad input. Whole runs are tested for each; plumbing, which has the same
 them (test_repository.py), for pasta.py."""
 
 import argparse
+import collections
 import contextlib
 import importlib
 import io
@@ -55,21 +56,22 @@ def trainer(request, trainers):
 
 def small():
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+    return torch.nn.Sequential(collections.OrderedDict(
+        visual=torch.nn.Linear(6, 16), tanh=torch.nn.Tanh(), head=torch.nn.Linear(16, 1)))
 
 
 def optimizer_of(model, dtype=torch.float32, lr=1e-2, warmup=0):
     return pasta.Optimizer(model, argparse.Namespace(
-        lr=lr, warmup=warmup, clip=1e-2, betas=[0.9, 0.95], offload=False), dtype,
-        torch.device("cpu"))
+        lr=lr, vision_lr=lr / 4, warmup=warmup, clip=1e-2, betas=[0.9, 0.95], offload=False),
+        dtype, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype, warmup, lr", [
     (torch.float32, 0, 1e-2), (torch.bfloat16, 7, 1e-5), (torch.float16, 0, 1e-5)])
 def test_optimizer_equals_the_library(dtype, warmup, lr):
-    """AdamW, clipped, on fp32 masters, at an lr whose steps round away in 16 bits; fp32 sums of a
-    step's gradients, also of those too small for fp16, the 16-bit ones gone at once; warm-up; both
-    norms; what is frozen."""
+    """AdamW, clipped, on fp32 masters, at an lr whose steps round away in 16 bits, and at a smaller
+    one for the image encoder; fp32 sums of a step's gradients, also of those too small for fp16,
+    the 16-bit ones gone at once; warm-up; both norms; what is frozen."""
     ours, theirs, masters = small(), small().to(dtype), small()
     x, alive, clipped = torch.randn(32, 6, generator=torch.Generator().manual_seed(1)), [], set()
     for model in (ours, theirs, masters):
@@ -80,7 +82,9 @@ def test_optimizer_equals_the_library(dtype, warmup, lr):
     for p in list(ours.parameters())[:3]:
         p.register_post_accumulate_grad_hook(
             lambda _: alive.append(any(p.grad is not None for p in ours.parameters())))
-    library = torch.optim.AdamW(trained, lr, (0.9, 0.95), weight_decay=0.0)
+    rates = [lr / 4, lr / 4, lr]
+    library = torch.optim.AdamW([{"params": [p]} for p in trained], lr, (0.9, 0.95),
+                                weight_decay=0.0)
     for step in range(20):
         before, sums = [p.detach().clone() for p in trained], [0.0] * 3
         for size, half in zip((1e-2, 1e-5) if step % 3 else (1e-8, 1e-8), x.to(dtype).split(16)):
@@ -93,7 +97,8 @@ def test_optimizer_equals_the_library(dtype, warmup, lr):
         for p, total in zip(trained, sums):
             p.grad = total / scale
         wanted = float(torch.nn.utils.clip_grad_norm_(trained, 1e-2))
-        library.param_groups[0]["lr"] = lr * min(1, (step + 1) / max(warmup, 1))
+        for its, rate in zip(library.param_groups, rates):
+            its["lr"] = rate * min(1, (step + 1) / max(warmup, 1))
         library.step()
         for p, master in zip((a, b, c), trained):
             p.data.copy_(master)
@@ -102,10 +107,24 @@ def test_optimizer_equals_the_library(dtype, warmup, lr):
         assert norm == pytest.approx(wanted, rel=1e-4) and norm > 0
         assert change == pytest.approx(float(moved.norm()), rel=1e-3)
     assert clipped == {True, False} and len(alive) == 120 and not any(alive)
-    for (p, master, _), wanted in zip(optimizer.tensors.values(), trained, strict=True):
-        torch.testing.assert_close(master, wanted, rtol=0, atol=1e-2 * lr)
+    for (p, master, _), wanted, rate in zip(
+            optimizer.tensors.values(), trained, rates, strict=True):
+        torch.testing.assert_close(master, wanted, rtol=0, atol=1e-2 * rate)
         assert p.dtype == dtype and torch.equal(p, master.to(dtype))
     assert torch.equal(ours[2].bias, frozen)
+
+
+def test_rate_of_the_image_encoder(trainer):
+    """It is that of all else, unless said; the demo's own after PaStA."""
+    parse, names = trainer.module.parse_args, ("lr", "vision_lr")
+    demo = {"pasta": (1e-3, 1e-3), "actor_sft": (4e-4, 4e-5), "actor_grpo": (1e-4, 1e-5)}
+    for flags, rates in (
+            ([], demo[trainer.name]), (["--data", "-"], (1e-5, 1e-5)),
+            (["--data", "-", "--lr", "1e-3"], (1e-3, 1e-3)),
+            (["--data", "-", "--lr", "1e-3", "--vision-lr", "1e-6"], (1e-3, 1e-6))):
+        if trainer.name != "pasta" or "--vision-lr" not in flags:
+            args = parse(flags)
+            assert tuple(getattr(args, name) for name in names) == rates, flags
 
 
 def test_fp16_loss_scale():
@@ -509,8 +528,12 @@ def test_bad_arguments(trainer, scenes, tiny_model, tmp_path):
             ("--model model --out model", "--out model is the start model's"),
             ("--resume --out new", "--out new has no checkpoint.json to --resume from"),
             ("--resume --lr 2e-3", "--resume: --lr was 0.001 and must stay so"),
+            ("--resume --vision-lr 2e-3", "--resume: --vision-lr was 0.001 and must stay so"),
             ("--resume --data data", "--out out was begun with another --data than data"),
             ("--resume --model model", "--out out was begun with another --model than model")):
+        if trainer.name == "pasta":  # it trains the encoder alone
+            flags = flags.replace("--vision-lr", "--lr")
+            message = message.replace("--vision-lr", "--lr")
         done = trainer.run(tmp_path, *trainer.flags, "--steps", 2, *flags.split())
         assert done.returncode in (1, 2) and message in done.stdout.splitlines()[-1], done.stdout
 
