@@ -292,7 +292,8 @@ BENCHES = {
     "rooms": Bench(
         "Rendered rooms", "the folder that `python pasta.py --grid 4` rendered", ("rooms.jsonl",),
         SPAR[2], SPAR_LEVELS | {"Middle": (*SPAR_LEVELS["Middle"], "camera_turn")},
-        dict.fromkeys((*SPAR_PROMPTS, "camera_turn"), "{question}\n" + rewards.ANSWER_INSTRUCTION)),
+        dict.fromkeys((*SPAR_MULTI_VIEW, "camera_turn"),
+                      "{question}\n" + rewards.ANSWER_INSTRUCTION)),
     "spar-mv": Bench("SPAR-Bench-MV", *SPAR, SPAR_LEVELS, {
         task: SPAR_PROMPTS[task] for task in SPAR_MULTI_VIEW}, longest=100),
     "mindcube": Bench(
@@ -329,11 +330,10 @@ PAPER = {  # Tables 1 and 4
     "spar-si": {"Low": (16.0, 41.1), "High": (32.5, 49.7), "Avg": (23.9, 45.2)},
     "cvbench": {"2D": (69.3, 70.5), "3D": (72.2, 78.4), "Avg": (70.7, 74.5)}}
 TABLE_1 = {"spar-mv", "mindcube", "mmsi"}
-FORM = ("R_fmt", "R_act", "R_act, turns", "R_act, walks", "constant plan", "constant plan, turns",
-        "constant plan, walks")  # further rows, where they can be had
+FORM = ("R_fmt", "R_act", "R_act, turns", "R_act, walks")  # further rows, where they can be had
 NOTE = """Percent, in brackets 95 % bootstrap intervals. The paper's columns are from its tables.
 R_fmt: the response has the form asked for; R_act: how close its camera moves are to the true ones;
-constant plan: R_act of the best plan that is written for every pair."""
+constant: of the best answer to every question of a task, or the best plan for every pair."""
 
 
 class Run(NamedTuple):
@@ -344,6 +344,7 @@ class Run(NamedTuple):
     records: list
     scores: dict  # {task, or one of FORM: [in [0, 1]]}
     rows: dict  # of table_rows
+    constants: dict  # {row's label: percent that can be had without looking}, where that is known
 
 
 def table_rows(bench, scores, convention="hatch", draws=1000):
@@ -381,8 +382,9 @@ def table_rows(bench, scores, convention="hatch", draws=1000):
 
 def score_run(bench, name, mode, records, convention="hatch"):
     """Score records {"item", "response"}: adds "answer" and "score" and, where reasoning was asked
-    for (mode "action" or "language"), "R_fmt" and "R_act". Returns the Run."""
-    scores, golds = {}, {}
+    for (mode "action" or "language"), "R_fmt", "R_act" and "walks": the camera does more than turn.
+    Returns the Run."""
+    scores, golds, constants = {}, {}, {}
     for record in records:
         item, text = record["item"], record["response"] or ""
         record["answer"] = answer_of(text)
@@ -399,14 +401,30 @@ def score_run(bench, name, mode, records, convention="hatch"):
             for kind, plans in parts.items():
                 found[f"R_act{kind}"] = rewards.action_reward(text, plans)
                 golds.setdefault(kind, []).append(plans)
-            record["R_act"] = found["R_act"]
+            record |= {"R_act": found["R_act"], "walks": ", walks" in parts}
         for kind, value in found.items():
             scores.setdefault(kind, []).append(value)
-    for kind, those in golds.items():  # what can be had without looking at the pictures
+    # what can be had without looking at the pictures
+    for kind, those in golds.items():
         _, plan = rewards.constant_plan(those)
-        scores[f"constant plan{kind}"] = [rewards.action_reward(
+        constants[f"R_act{kind}"] = [rewards.action_reward(
             rewards.write_response(dict.fromkeys(gold, plan), "-"), gold) for gold in those]
-    return Run(bench, name, records, scores, table_rows(bench, scores, convention))
+    if bench == "rooms":
+        for task in sorted(scores.keys() - FORM):
+            same = [record["item"].gold for record in records if record["item"].task == task]
+            constants[task] = constant_answer(bench, task, same)
+    known = {label: row[2] for label, row in table_rows(bench, constants, convention, 1).items()}
+    return Run(bench, name, records, scores, table_rows(bench, scores, convention), known)
+
+
+def constant_answer(bench, task, golds):
+    """Scores [in [0, 1]] of one text as the answer to all questions of a task: that of the golds
+    which scores most."""
+    best = []
+    for said in sorted(set(golds)):
+        scores = [score_answer(bench, task, said, gold) for gold in golds]
+        best = max(best, scores, key=sum)
+    return best
 
 
 def tables(runs):
@@ -415,7 +433,8 @@ def tables(runs):
     found, averages = [], {}
     for bench in dict.fromkeys(run.bench for run in runs):
         those, paper = [run for run in runs if run.bench == bench], PAPER.get(bench, {})
-        header = [text for run in those for text in (run.name, "n")]
+        beside = ["n", "constant"] if any(run.constants for run in those) else ["n"]
+        header = [text for run in those for text in (run.name, *beside)]
         table = [[BENCHES[bench].title, *header, *[*PAPER_NAMES] * bool(paper)]]
         every = {task: [0] for run in those for task in run.scores}
         for label, (depth, *_) in table_rows(bench, every, draws=1).items():  # in their order
@@ -423,6 +442,8 @@ def tables(runs):
             for run in those:
                 _, n, *numbers = run.rows.get(label, ("", ""))
                 cells += ["{:.1f} ({:.1f}-{:.1f})".format(*numbers) if numbers else "", f"{n}"]
+                if "constant" in beside:
+                    cells.append(f"{run.constants[label]:.1f}" if label in run.constants else "")
             cells += [f"{score:.1f}" for score in paper.get(label, ())] or [""] * 2 * bool(paper)
             table.append(["  " * depth + label, *cells])
         found.append(table)
@@ -1009,8 +1030,8 @@ def main(argv=None):
             for file in args.score or [out / "predictions.jsonl"]]
     (out / "results.json").write_text(json.dumps({
         "args": vars(args), "skipped": skipped, "runs": [
-            {"bench": run.bench, "name": run.name, "rows": run.rows} for run in runs]},
-        indent=1) + "\n")
+            {"bench": run.bench, "name": run.name, "rows": run.rows, "constants": run.constants}
+            for run in runs]}, indent=1) + "\n")
     write_page(out / "report.html", runs, curves, args.show)
     print("", tables(runs), sep="\n", flush=True)  # after the files are there
     say(f"wrote   {out}: {'' if args.score else 'predictions.jsonl, '}results.json, report.html; "

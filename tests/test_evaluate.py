@@ -362,13 +362,50 @@ def test_turns_and_walks_apart_beside_the_best_constant_plan(score, tmp_path):
     off, walk = math.exp(-40 / 30), math.exp(-2 - 10 / 30)  # of 20 where it is 60; where it walks
     for label, n, expected in (
             ("camera_turn", 4, 0.5), ("Avg", 4, 0.5), ("R_fmt", 4, 1), ("R_act", 4, (3 + off) / 4),
-            ("R_act, turns", 3, (2 + off) / 3), ("R_act, walks", 1, 1),
-            ("constant plan", 4, (2 + off + walk) / 4), ("constant plan, turns", 3, (2 + off) / 3),
-            ("constant plan, walks", 1, 1)):
+            ("R_act, turns", 3, (2 + off) / 3), ("R_act, walks", 1, 1)):
         assert rows[label][1:3] == [n, pytest.approx(100 * expected, abs=1e-3)], label
+    constants = results(tmp_path / "out/evaluation")["constants"]
+    for label, expected in (
+            ("R_act", (2 + off + walk) / 4), ("R_act, turns", (2 + off) / 3), ("R_act, walks", 1)):
+        assert constants[label] == pytest.approx(100 * expected, abs=1e-3), label
     texts = (f"<think>So.</think><answer>{item.gold}</answer>" for item in items)
     _, rows = score(texts, "--mode", "language")  # its form is another
     assert rows["R_fmt"][2] == rows["Avg"][2] == 100 and "R_act" not in rows
+
+
+def test_best_constant_answers_stand_beside_the_scores(root, tmp_path):
+    """Of each task one of its golds, by its own scorer; groups and Avg weigh them as they do the
+    scores; a published benchmark has none."""
+    asked = (("camera_turn", "right 20"), ("camera_turn", "right 20"), ("camera_turn", "left 20"),
+             ("obj_spatial_relation_oo_mv", "B"), ("obj_spatial_relation_oo_mv", "C"),
+             ("depth_prediction_oc_mv", "2.0"), ("depth_prediction_oc_mv", "2.2"),
+             ("depth_prediction_oc_mv", "40"), ("position_matching", "A"))
+    rows = [{"id": k, "task": task, "question": "?", "answer": gold, "image": ["a.jpg", "b.jpg"]}
+            for k, (task, gold) in enumerate(asked)]
+    write_lines(tmp_path / "rooms.jsonl", rows)
+    write_lines(tmp_path / "theirs.jsonl", [{"id": row["id"], "response": "B"} for row in rows])
+    # "right 20" is right twice; "2.0" once, and 9 % off, within nine of the ten thresholds
+    for convention, average in (("hatch", (2 + 1 + 1.9 + 1) / 9),
+                                ("spar", (2 / 3 + 1 / 2 + 1.9 / 3 + 1) / 4)):
+        done = run("evaluate.py", root, tmp_path, "--bench", "rooms", "--data", "rooms.jsonl",
+                   "--score", "theirs.jsonl", "--convention", convention)
+        assert done.returncode == 0, done.stdout
+        constants = results(tmp_path / "out/evaluation")["constants"]
+        for label, expected in (
+                ("camera_turn", 2 / 3), ("obj_spatial_relation_oo_mv", 0.5), ("High", 0.5),
+                ("depth_prediction_oc_mv", 1.9 / 3), ("position_matching", 1), ("Avg", average)):
+            assert constants[label] == pytest.approx(100 * expected), label
+        header, *lines = [line.split() for line in done.stdout.splitlines() if line.strip()]
+        assert header[-3:] == ["theirs", "n", "constant"]
+        shown = {words[0]: words[-1] for words in lines}
+        assert all(shown[label] == f"{value:.1f}" for label, value in constants.items())
+    rows = [row for row in rows if row["task"] != "camera_turn"]
+    write_lines(tmp_path / "spar.jsonl", rows)
+    done = run("evaluate.py", root, tmp_path, "--bench", "spar-mv", "--data", "spar.jsonl",
+               "--score", "theirs.jsonl")
+    assert done.returncode == 0 and results(tmp_path / "out/evaluation")["constants"] == {}
+    (header,) = [line for line in done.stdout.splitlines() if line.startswith("SPAR-Bench-MV")]
+    assert " ".join(header.split()).endswith("theirs n Qwen2.5-VL-3B (paper) HATCH (paper)")
 
 
 @pytest.mark.parametrize("encoding, head", [
