@@ -9,6 +9,8 @@
              by one; --peer: a step beside TRL's trainer, and sampling
     evaluate scoring 7,000 predictions
     gpu      the 3B configuration with random weights, a step of each stage; needs a CUDA GPU
+    grids    LOGS: log.jsonl of cold starts, of several seeds: what PaStA's --grid before them is
+             worth (Figure 4), as a table and as grids.svg
 
 Medians of interleaved repetitions. Nothing here is a test: machines differ, ratios less so.
 """
@@ -144,7 +146,8 @@ def make_data(folder, size, **more):
 
 def optimizer_of(module, model, dtype=torch.float32, device=CPU, offload=False):
     return module.Optimizer(model, argparse.Namespace(
-        lr=1e-5, warmup=0, clip=1.0, betas=(0.9, 0.999), offload=offload), dtype, device)
+        lr=1e-5, vision_lr=1e-5, warmup=0, clip=1.0, betas=(0.9, 0.999), offload=offload),
+        dtype, device)
 
 
 def training_step(name, config, size, rounds=5):
@@ -601,6 +604,40 @@ def scoring(N=7000):
               "importing torch included")
 
 
+# ------------------------------------------------------------------------- PaStA's grid, Figure 4
+
+
+def grid_of(log):
+    """--grid of the PaStA that a run started from: a run's log names its start model, and beside
+    that lies the log of the run before."""
+    while True:
+        args = json.loads(log.read_text().splitlines()[0])["args"]
+        if "grid" in args:
+            return args["grid"]
+        begun_in = Path(str(log).removesuffix(f"{args['out']}/log.jsonl"))
+        log = begun_in / args["model"] / "log.jsonl"
+
+
+def grids(logs):
+    """Held-out R_act and R_ans at the end of cold starts over PaStA's grid: a line a seed, and
+    their mean with its standard deviation over seeds."""
+    reached = {"action": {}, "answer": {}}  # {field: {seed: {grid: value}}}
+    for log in logs:
+        grid, (_, seed, fields) = grid_of(log), evaluate.read_curve(log)
+        for field, of_seeds in reached.items():
+            of_seeds.setdefault(seed, {})[grid] = fields[field][-1][1]
+    panels = []
+    for field, of_seeds in reached.items():
+        lines = [("a line a seed, and their mean", *np.array(sorted(of_grids.items())).T)
+                 for of_grids in of_seeds.values()]
+        panels.append(evaluate.panel(f"after the cold start: {field}", lines, "grid"))
+        for grid in sorted({grid for of_grids in of_seeds.values() for grid in of_grids}):
+            values = [of_grids[grid] for of_grids in of_seeds.values() if grid in of_grids]
+            spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
+            print(f"{field}, grid {grid}: {np.mean(values):.3f} +- {spread:.3f} of {len(values)}")
+    Path("grids.svg").write_text(evaluate.svg_of(panels), encoding="utf-8")
+
+
 # ------------------------------------------------------------------------------------- a CUDA GPU
 
 
@@ -684,7 +721,8 @@ def gpu(G=8, T=288):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=(
-        "pasta", "index", "rewards", "sft", "grpo", "evaluate", "gpu", "peak-memory"))
+        "pasta", "index", "rewards", "sft", "grpo", "evaluate", "gpu", "grids", "peak-memory"))
+    parser.add_argument("logs", nargs="*", type=Path, help="of grids")
     parser.add_argument("--recompute", action="store_true", help="of peak-memory")
     parser.add_argument("--of", help="of peak-memory: whose")
     parser.add_argument("--peer", action="store_true", help="of grpo: beside TRL's GRPOTrainer")
@@ -705,6 +743,8 @@ if __name__ == "__main__":
         scoring()
     elif chosen.what == "gpu":
         gpu()
+    elif chosen.what == "grids":
+        grids(chosen.logs)
     elif chosen.of in ("plain-loss", "chunked-loss"):
         loss_peak(chosen.of)
     elif chosen.of:
