@@ -258,10 +258,8 @@ def zero_memory(model, rows, columns):
 
 def read_prompt(model, prompt, images, past, join, recompute=False):
     """A prompt, computed once for its whole group: last feature (1, 1, D), (k, v) of each layer.
-
-    images: its image tokens (sum of h * w, D), or None. past, join: no columns to append to, or
-    the prompt's own ones of sampling's memory to overwrite.
-    """
+    images: its image tokens (sum of h * w, D), or None; past: no columns to `append` to, or as many
+    as it has tokens to `overwrite`."""
     ids = prompt.ids.to(model.device)[None]
     if images is None:
         images = encode_images(model, prompt)
@@ -285,8 +283,7 @@ def group_log_probs(model, prompt, tokens, mask, temperature, images=None, recom
     tokens, mask (G, T): completions, all behind the same prompt; temperature: that of sampling.
     """
     (G, T), L = tokens.shape, len(prompt.ids)
-    nothing = zero_memory(model, 1, 0)
-    last, past = read_prompt(model, prompt, images, nothing, append, recompute)
+    last, past = read_prompt(model, prompt, images, zero_memory(model, 1, 0), append, recompute)
     sees = torch.ones(1, 1, T, L + T, dtype=torch.bool, device=tokens.device).tril(L)
     after = prompt.positions.max() + 1 + torch.arange(T, device=tokens.device)
     own, _ = run_layers(model, model.get_input_embeddings()(tokens), after.expand(3, 1, T), past,
