@@ -831,20 +831,20 @@ def left_out(step, found, grad_norm, batch, optimizer, walk, say):
     names = ", ".join(gather([name for name, _ in batch]))
     why = f"gradient norm {grad_norm}" if found else "no usable sample"
     say(f"step {step} left out: {why} ({names})")
-    problem = next(iter(walk.skipped), "is named above")
-    optimizer.missed.append(why if found else f"{why}, the first problem {problem}")
-    not_finite = sum(reason.startswith("gradient") for reason in optimizer.missed)
+    optimizer.missed.append(why)
+    not_finite = len(optimizer.missed) - optimizer.missed.count("no usable sample")
     if not_finite == optimizer.patience or len(optimizer.missed) == 50:
-        raise no_update(optimizer)
+        raise no_update(optimizer, walk)
     return {"step": step, "skipped": f"{why} ({names})"}
 
 
-def no_update(optimizer):
+def no_update(optimizer, walk):
     """The DataError that says why no step since the last update changed anything."""
     ((reason, count),) = Counter(optimizer.missed).most_common(1)
     return geometry.DataError(
-        f"{len(optimizer.missed)} steps in a row changed no weight, {count} of them: {reason}; "
-        "look at the samples named above, or lower --lr. What was saved before is untouched")
+        f"{len(optimizer.missed)} steps in a row changed no weight, {count} of them: {reason}"
+        f"{walk.first_problem()}; look at the samples named above, or lower --lr. What was saved "
+        "before is untouched")
 
 
 def catch_signals():
@@ -963,7 +963,7 @@ def main(argv=None):
             sys.exit(128 + stop[0])
 
     if optimizer.t == 0:
-        raise no_update(optimizer)
+        raise no_update(optimizer, walk)
     if rank == 0:
         save_model(model, source, out, optimizer)
         if start < args.steps:

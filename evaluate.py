@@ -22,9 +22,9 @@
 Writes --out: predictions.jsonl (as they are made: an interrupted evaluation continues),
 results.json, report.html.
 
-Deviations from the official scorers: the answer is cut out of <answer>, or else of what follows a
-reasoning block, and stripped before the official rule sees it; an empty answer scores 0, where
-SPAR-Bench's own code scores it 1.
+Deviations from the official scorers: a response ends at its first end token; the answer is cut out
+of <answer>, or else of what follows reasoning, and stripped before the official rule sees it; an
+empty answer scores 0, where SPAR-Bench's own code scores it 1.
 """
 
 import argparse
@@ -42,8 +42,7 @@ import sys
 import zlib
 from collections import Counter
 from datetime import timedelta
-from functools import partial
-from operator import itemgetter
+from functools import partial, reduce
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -192,15 +191,36 @@ def prompt_of(item, bench, mode):
 # ------------------------------------------------------------------------------ how it is scored
 
 
+def before_end(text):
+    """A text up to its first end token, which other engines may hand out with what is behind it."""
+    return re.split("|".join(map(re.escape, END)), text, maxsplit=1)[0]
+
+
 def answer_of(response):
-    """The answer in a response: its first <answer> block, else what follows a reasoning block."""
-    _, opened, rest = response.partition("<answer>")
-    if opened:
-        return rest.partition("</answer>")[0].strip()
-    for tag in ("action", "think"):
-        if f"<{tag}>" in response:
-            return response.partition(f"</{tag}>")[2].strip()
-    return response.strip()
+    """The answer in a response: its first <answer> block outside of reasoning that holds something;
+    without a block, what follows the last reasoning.
+
+    Reasoning stands between <think> or <action> and its end. Where a text begins with the end of a
+    <think>, a chat template opened it; what never closes reaches to the text's end.
+    """
+    text = before_end(response)
+    thoughts = re.findall("</?think>", text)
+    depth = 1 if thoughts and thoughts[0] == "</think>" else 0
+    outside, behind = "", ""
+    for part in re.split("(</?(?:think|action)>)", text):
+        if part in ("<think>", "<action>"):
+            depth += 1
+            behind = ""
+        elif part in ("</think>", "</action>"):
+            depth = max(0, depth - 1)
+            behind = ""
+        elif depth == 0:
+            outside += part
+            behind = part
+    blocks = re.findall(r"<answer>(.*?)(?=</?answer>|\Z)", outside, re.DOTALL)
+    if blocks:
+        return next(filter(None, map(str.strip, blocks)), "")
+    return behind.strip()
 
 
 def score_answer(bench, task, answer, gold):
@@ -295,7 +315,8 @@ BENCHES = {
     "rooms": Bench(
         "Rendered rooms", "the folder that `python pasta.py --grid 4` rendered", ("rooms.jsonl",),
         SPAR[2], SPAR_LEVELS | {"Middle": (*SPAR_LEVELS["Middle"], "camera_turn")},
-        dict.fromkeys((*SPAR_PROMPTS, "camera_turn"), "{question}\n" + rewards.ANSWER_INSTRUCTION)),
+        dict.fromkeys((*SPAR_MULTI_VIEW, "camera_turn"),
+                      "{question}\n" + rewards.ANSWER_INSTRUCTION)),
     "spar-mv": Bench("SPAR-Bench-MV", *SPAR, SPAR_LEVELS, {
         task: SPAR_PROMPTS[task] for task in SPAR_MULTI_VIEW}, longest=100),
     "mindcube": Bench(
@@ -332,11 +353,10 @@ PAPER = {  # Tables 1 and 4
     "spar-si": {"Low": (16.0, 41.1), "High": (32.5, 49.7), "Avg": (23.9, 45.2)},
     "cvbench": {"2D": (69.3, 70.5), "3D": (72.2, 78.4), "Avg": (70.7, 74.5)}}
 TABLE_1 = {"spar-mv", "mindcube", "mmsi"}
-FORM = ("R_fmt", "R_act", "R_act, turns", "R_act, walks", "constant plan", "constant plan, turns",
-        "constant plan, walks")  # further rows, where they can be had
+FORM = ("R_fmt", "R_act", "R_act, turns", "R_act, walks")  # further rows, where they can be had
 NOTE = """Percent, in brackets 95 % bootstrap intervals. The paper's columns are from its tables.
 R_fmt: the response has the form asked for; R_act: how close its camera moves are to the true ones;
-constant plan: R_act of the best plan that is written for every pair."""
+constant: of the best answer to every question of a task, or the best plan for every pair."""
 
 
 class Run(NamedTuple):
@@ -347,6 +367,7 @@ class Run(NamedTuple):
     records: list
     scores: dict  # {task, or one of FORM: [in [0, 1]]}
     rows: dict  # of table_rows
+    constants: dict  # {row's label: percent that can be had without looking}, where that is known
 
 
 def table_rows(bench, scores, convention="hatch", draws=1000):
@@ -384,10 +405,12 @@ def table_rows(bench, scores, convention="hatch", draws=1000):
 
 def score_run(bench, name, mode, records, convention="hatch"):
     """Score records {"item", "response"}: adds "answer" and "score" and, where reasoning was asked
-    for (mode "action" or "language"), "R_fmt" and "R_act". Returns the Run."""
-    scores, golds = {}, {}
+    for (mode "action" or "language"), "R_fmt", "R_act" and "walks": the camera does more than turn.
+    Returns the Run."""
+    scores, golds, constants = {}, {}, {}
     for record in records:
-        item, text = record["item"], record["response"] or ""
+        item, text = record["item"], before_end(record["response"] or "")
+        record["response"] = record["response"] and text
         record["answer"] = answer_of(text)
         record["score"] = score_answer(bench, item.task, record["answer"], item.gold)
         found = {item.task: record["score"]}
@@ -402,14 +425,30 @@ def score_run(bench, name, mode, records, convention="hatch"):
             for kind, plans in parts.items():
                 found[f"R_act{kind}"] = rewards.action_reward(text, plans)
                 golds.setdefault(kind, []).append(plans)
-            record["R_act"] = found["R_act"]
+            record |= {"R_act": found["R_act"], "walks": ", walks" in parts}
         for kind, value in found.items():
             scores.setdefault(kind, []).append(value)
-    for kind, those in golds.items():  # what can be had without looking at the pictures
+    # what can be had without looking at the pictures
+    for kind, those in golds.items():
         _, plan = rewards.constant_plan(those)
-        scores[f"constant plan{kind}"] = [rewards.action_reward(
+        constants[f"R_act{kind}"] = [rewards.action_reward(
             rewards.write_response(dict.fromkeys(gold, plan), "-"), gold) for gold in those]
-    return Run(bench, name, records, scores, table_rows(bench, scores, convention))
+    if bench == "rooms":
+        for task in sorted(scores.keys() - FORM):
+            same = [record["item"].gold for record in records if record["item"].task == task]
+            constants[task] = constant_answer(bench, task, same)
+    known = {label: row[2] for label, row in table_rows(bench, constants, convention, 1).items()}
+    return Run(bench, name, records, scores, table_rows(bench, scores, convention), known)
+
+
+def constant_answer(bench, task, golds):
+    """Scores [in [0, 1]] of one text as the answer to all questions of a task: that of the golds
+    which scores most."""
+    best = []
+    for said in sorted(set(golds)):
+        scores = [score_answer(bench, task, said, gold) for gold in golds]
+        best = max(best, scores, key=sum)
+    return best
 
 
 def tables(runs):
@@ -418,7 +457,8 @@ def tables(runs):
     found, averages = [], {}
     for bench in dict.fromkeys(run.bench for run in runs):
         those, paper = [run for run in runs if run.bench == bench], PAPER.get(bench, {})
-        header = [text for run in those for text in (run.name, "n")]
+        beside = ["n", "constant"] if any(run.constants for run in those) else ["n"]
+        header = [text for run in those for text in (run.name, *beside)]
         table = [[BENCHES[bench].title, *header, *[*PAPER_NAMES] * bool(paper)]]
         every = {task: [0] for run in those for task in run.scores}
         for label, (depth, *_) in table_rows(bench, every, draws=1).items():  # in their order
@@ -426,6 +466,8 @@ def tables(runs):
             for run in those:
                 _, n, *numbers = run.rows.get(label, ("", ""))
                 cells += ["{:.1f} ({:.1f}-{:.1f})".format(*numbers) if numbers else "", f"{n}"]
+                if "constant" in beside:
+                    cells.append(f"{run.constants[label]:.1f}" if label in run.constants else "")
             cells += [f"{score:.1f}" for score in paper.get(label, ())] or [""] * 2 * bool(paper)
             table.append(["  " * depth + label, *cells])
         found.append(table)
@@ -457,8 +499,9 @@ def load_items(bench, data, skip=print):
     row that cannot be used. Raises DataError if nothing usable is there, or two copies are.
     """
     its, data, items, seen, ids = BENCHES[bench], Path(data), [], {}, Counter()
-    files = [data] if data.is_file() else next(
-        filter(None, (sorted(data.rglob(pattern)) for pattern in its.files)), [])
+    below = files_below(data)
+    found = ([path for path in below if path.match(pattern)] for pattern in its.files)
+    files = [data] if data.is_file() else next(filter(None, found), [])
     for path in files:
         for number, row in enumerate(read_rows(path, its.fields)):
             try:
@@ -479,6 +522,19 @@ def load_items(bench, data, skip=print):
     return items
 
 
+def files_below(folder):
+    """All files below a folder, in order, behind links too; each real folder once."""
+    files, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        if os.path.realpath(place) in seen:
+            folders.clear()  # or links could lead round in circles
+            continue
+        seen.add(os.path.realpath(place))
+        files += [Path(place, name) for name in names]
+    return sorted(files)
+
+
 def read_item(bench, row, folder):
     """Item of a row {field: value} of a file in `folder`. Raises DataError for one that cannot be
     used: a field is missing, or no answer can match its gold."""
@@ -495,7 +551,11 @@ def read_item(bench, row, folder):
     gold = letter[1].upper() if letter else gold.strip()
     if score_answer(bench, task, gold, gold) < 1:
         raise geometry.DataError(f"no answer can match its gold {gold!r:.60}")
-    if not (cells := row.get("images") or row.get("image")):
+    cells = row.get("images") or row.get("image")
+    if row.get("base64"):  # a tsv's cell: several pictures stand in a list, as Python prints it
+        parts = re.findall(r"[^\[\],'\"]+", re.sub(r"\s|data:[^,]*,", "", row["base64"]))
+        cells = [base64.b64decode(part, validate=True) for part in parts]
+    if not cells:
         raise geometry.DataError("it has no image")
     cells = cells if isinstance(cells, list) else [cells]
     poses = np.array(row["pose"], float).reshape(len(cells), 4, 4) if row.get("pose") else None
@@ -517,10 +577,10 @@ def read_rows(path, fields):
             raise geometry.DataError(f"{path}: cannot be read as parquet ({error})") from None
     elif path.suffix == ".tsv":  # MMSI-Bench's: pictures in base64, several in a list
         csv.field_size_limit(1 << 30)
-        for row in csv.DictReader(io.StringIO(read_text(path)), delimiter="\t"):
-            pictures = re.findall(r"[\w+/=]+", row.get("image") or "")
+        text = io.StringIO(read_text(path), newline=None)  # a bare carriage return ends a line
+        for row in csv.DictReader(text, delimiter="\t"):
             yield {**row, "id": row.get("index"), "question_type": row.get("category"),
-                   "image": [base64.b64decode(picture) for picture in pictures]}
+                   "base64": row.get("image"), "image": None}
     elif path.suffix == ".jsonl":
         for line in filter(str.strip, read_text(path).split("\n")):
             try:
@@ -693,46 +753,74 @@ def drawn(items, limit):
 
 # -------------------------------------------------------------- looking: curves, a page of it all
 
-PANELS = {"grpo": ("reward_action", "reward_answer", "reward", "reward_format", "kl", "length"),
-          "pasta": ("match_accuracy", "excess"),
-          "sft": ("loss", "heldout_loss", "answer", "action")}
+PANELS = {"pasta": ("match_accuracy", "excess"),
+          "sft": ("loss", "heldout_loss", "answer", "action"),
+          "grpo": ("reward_action", "reward_answer", "reward", "reward_format", "kl", "length")}
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000", "#999999")
 
 
 def read_curve(path):
-    """(stage, {field: [(step, value)]}) of a log.jsonl."""
-    fields = {}
+    """(stage, seed, {field: [(step, value)]}) of a log.jsonl."""
+    fields, seed = {}, None
     for record in read_rows(Path(path), ()):
-        for name, value in record.items() if "step" in record else ():  # not its head
+        if isinstance(record.get("args"), dict):  # its head
+            seed = record["args"].get("seed")
+        for name, value in record.items() if "step" in record else ():
             if type(value) in (int, float) and math.isfinite(value):
                 fields.setdefault(name, []).append((record["step"], value))
     stage = "grpo" if "kl" in fields else "pasta" if "excess" in fields else "sft"
-    return stage, fields
+    return stage, seed, fields
 
 
 def draw_curves(logs):
     """An SVG with a panel for each quantity in the logs, all runs in one; "" if there is none."""
-    runs = [Path(os.path.abspath(log)).parent for log in logs]  # named by where they part
-    curves, panels = [(str(run.relative_to(os.path.commonpath([its.parent for its in runs]))),
-                       *read_curve(log)) for run, log in zip(runs, logs)], []
+    curves, panels = [read_curve(log) for log in logs], []
+    names = run_names(logs, [seed for _, seed, _ in curves])
     for stage, field in ((stage, field) for stage, its in PANELS.items() for field in its):
-        lines = [(name, *np.array(fields[field]).T) for name, its, fields in curves
+        lines = [(name, *np.array(fields[field]).T) for name, (its, _, fields) in zip(names, curves)
                  if its == stage and len(fields.get(field, ())) > 1]
         if lines:
-            place = f"translate({len(panels) % 2 * 640} {len(panels) // 2 * 360})"
-            panels.append(f'<g transform="{place}">{panel(f"{stage}: {field}", lines)}</g>')
-    return "" if not panels else (
-        '<svg xmlns="http://www.w3.org/2000/svg" style="background:#fff" font-size="14" font-family'
-        f'="sans-serif" viewBox="0 0 1280 {(len(panels) + 1) // 2 * 360}">{"".join(panels)}</svg>')
+            panels.append(panel(f"{stage}: {field}", lines))
+    return svg_of(panels)
 
 
-def panel(title, lines):
-    """SVG of curves [(name, steps, values)]: thin as they are, thick their running means."""
-    left, right, top, bottom, means = 72, 620, 36, 300, []
-    for _, _, values in lines:
+def run_names(logs, seeds):
+    """A name for the run of each log: its folder's, from where these part. Runs whose names differ
+    in digits alone, and that have each a seed of their own, share the name with * for digits."""
+    runs = [Path(os.path.abspath(log)).parent for log in logs]
+    base = os.path.commonpath([run.parent for run in runs]) if runs else ""
+    names = [str(run.relative_to(base)) for run in runs]
+    alike = {}
+    for name, seed in zip(names, seeds):
+        alike.setdefault(re.sub(r"\d+", "*", name), []).append(str(seed))
+    for k, name in enumerate(names):
+        family = re.sub(r"\d+", "*", name)
+        if 1 < len(alike[family]) == len(set(alike[family])):
+            names[k] = family
+    return names
+
+
+def svg_of(panels):
+    """An SVG of panels, two in a row; "" if there is none."""
+    if not panels:
+        return ""
+    placed = [f'<g transform="translate({k % 2 * 640} {k // 2 * 360})">{its}</g>'
+              for k, its in enumerate(panels)]
+    return ('<svg xmlns="http://www.w3.org/2000/svg" style="background:#fff" font-size="14" '
+            f'font-family="sans-serif" viewBox="0 0 1280 {(len(panels) + 1) // 2 * 360}">'
+            f'{"".join(placed)}</svg>')
+
+
+def panel(title, lines, axis="step"):
+    """SVG of curves [(name, steps, values)], a colour a name. One of a name: thin as it is, thick
+    its running mean. Several: thin their running means, thick the mean of these where all are."""
+    left, right, top, bottom, drawn, means = 72, 620, 36, 300, {}, []
+    for name, steps, values in lines:
         half = len(values) // 40  # a mean runs over a twentieth of its curve
         padded = np.pad(values, half, "edge")
-        means.append(np.convolve(padded, np.ones(2 * half + 1) / (2 * half + 1), "valid"))
+        mean = np.convolve(padded, np.ones(2 * half + 1) / (2 * half + 1), "valid")
+        drawn.setdefault(name, []).append((steps, values, mean))
+        means.append(mean)
     low, high = min(map(np.min, means)), max(map(np.max, means))
     y = low, max(high, low + 0.01 * abs(low) + 1e-6)
     x = min(steps[0] for _, steps, _ in lines), max(steps[-1] for _, steps, _ in lines)
@@ -740,12 +828,20 @@ def panel(title, lines):
     for tick, at in zip(np.linspace(*y, 5), np.linspace(bottom, top, 5)):
         parts += (f'<path d="M{left} {at:.0f}H{right}" stroke="#ddd"/><text x="{left - 8}" '
                   f'y="{at + 5:.0f}" text-anchor="end">{tick:.3g}</text>')
-    legend = f"step {x[0]:g} to {x[1]:g}"
-    for k, ((name, steps, values), mean) in enumerate(zip(lines, means)):
+    legend = f"{axis} {x[0]:g} to {x[1]:g}"
+    for k, (name, curves) in enumerate(drawn.items()):
         colour = COLOURS[k % len(COLOURS)]
-        for its, look in ((values, 'opacity=".3"'), (mean, 'stroke-width="2.5"')):
+        if len(curves) == 1:
+            (steps, values, mean), = curves
+            looks = [(steps, values, 'opacity=".3"'), (steps, mean, 'stroke-width="2.5"')]
+        else:
+            looks = [(steps, mean, 'opacity=".5"') for steps, _, mean in curves]
+            common = reduce(np.intersect1d, [steps for steps, *_ in curves])
+            of_all = [np.interp(common, steps, mean) for steps, _, mean in curves]
+            looks.append((common, np.mean(of_all, axis=0), 'stroke-width="2.5"'))
+        for steps, values, look in looks:
             points = " ".join(f"{u:.1f},{v:.1f}" for u, v in zip(
-                np.interp(steps, x, (left, right)), np.interp(its, y, (bottom, top))))
+                np.interp(steps, x, (left, right)), np.interp(values, y, (bottom, top))))
             parts += f'<polyline points="{points}" fill="none" stroke="{colour}" {look}/>'
         legend += f' <tspan fill="{colour}" font-weight="bold">{shown(name)}</tspan>'
     return f'{parts}<text x="{left}" y="330">{legend}</text>'
@@ -767,19 +863,35 @@ GOLD, WRITTEN = "#1a7f37", "#d55e00"
 
 
 def write_page(path, runs, curves, show):
-    """One self-contained page: tables, curves, and `show` questions, drawn evenly over tasks."""
-    rng, place, queue, text = np.random.default_rng(0), Counter(), [], tables(runs)
+    """One self-contained page: tables, `show` questions, curves."""
+    text, questions = tables(runs), draw_questions(runs, show)
+    total = sum(len(run.records) for run in runs)
+    parts = [PAGE, f'<pre class="tables">{shown(text, len(text))}</pre>',
+             f"<p>{len(questions):,} of {total:,} questions, drawn evenly over tasks, right and "
+             "wrong answers and, where this is known, cameras that only turn and that walk. Camera "
+             f'paths are seen from above, ahead is up: <b style="color:{GOLD}">true</b>, '
+             f'<b style="color:{WRITTEN}">written</b>.</p>']
+    parts += [article(name, record) for name, record in questions]
+    path.write_text("\n".join([*parts, curves]) + "</html>\n", encoding="utf-8")
+
+
+def draw_questions(runs, show):
+    """`show` questions of the runs as [(run's name, record)], at random, but each time one of those
+    whose traits have been drawn least: task, right or wrong, a camera that only turns or walks."""
+    rng, alike, seen, questions = np.random.default_rng(0), {}, Counter(), []
     for run in runs:
         for k in rng.permutation(len(run.records)):
-            of = run.bench, run.name, run.records[k]["item"].task
-            place[of] += 1  # of a question within its task
-            queue.append((place[of], run.name, run.records[k]))
-    parts = [PAGE, f'<pre class="tables">{shown(text, len(text))}</pre>', curves,
-             f"<p>{min(show, len(queue)):,} of {len(queue):,} questions, drawn evenly over tasks. "
-             f'Camera paths are seen from above, ahead is up: <b style="color:{GOLD}">true</b>, '
-             f'<b style="color:{WRITTEN}">written</b>.</p>']
-    parts += [article(*its) for _, *its in sorted(queue, key=itemgetter(0))[:show]]
-    path.write_text("\n".join(parts) + "</html>\n", encoding="utf-8")
+            record = run.records[k]
+            traits = (("task", run.bench, run.name, record["item"].task),
+                      ("right", record["score"] >= 0.5), ("walks", record.get("walks")))
+            alike.setdefault(traits, []).append((run.name, record))
+    while alike and len(questions) < show:
+        traits = min(alike, key=lambda traits: sum(seen[trait] for trait in traits))
+        questions.append(alike[traits].pop())
+        if not alike[traits]:
+            del alike[traits]
+        seen.update(traits)
+    return questions
 
 
 def shown(text, longest=2000):
@@ -1088,8 +1200,8 @@ def main(argv=None):
             for file in args.score or [out / "predictions.jsonl"]]
     (out / "results.json").write_text(json.dumps({
         "args": vars(args), "skipped": skipped, "runs": [
-            {"bench": run.bench, "name": run.name, "rows": run.rows} for run in runs]},
-        indent=1) + "\n")
+            {"bench": run.bench, "name": run.name, "rows": run.rows, "constants": run.constants}
+            for run in runs]}, indent=1) + "\n")
     write_page(out / "report.html", runs, curves, args.show)
     print("", tables(runs), sep="\n", flush=True)  # after the files are there
     say(f"wrote   {out}: {'' if args.score else 'predictions.jsonl, '}results.json, report.html; "

@@ -332,8 +332,11 @@ class Sample:
         if self.source == "structured3d":
             cam2world[:3, 3] /= 1000  # the one source whose poses are in millimetres
         R = cam2world[:3, :3]
-        if abs(R.T @ R - np.eye(3)).max() > 0.01 or abs(cam2world[3] - (0, 0, 0, 1)).max() > 1e-6:
-            raise DataError(f"{pose_path}: not a rigid pose: a rotation and, below, 0 0 0 1")
+        mirrors = np.linalg.det(R) < 0  # one axis flipped: left would be right
+        if mirrors or abs(R.T @ R - np.eye(3)).max() > 0.01 or (
+                abs(cam2world[3] - (0, 0, 0, 1)).max() > 1e-6):
+            raise DataError(f"{pose_path}: not a rigid pose: a rotation (of determinant 1, not -1) "
+                            "and, below, 0 0 0 1")
         return cam2world
 
     def pictures(self):
@@ -374,9 +377,9 @@ class Samples(Sequence):
         self.root, self.files = root, files
         size = sum(path.stat().st_size for path in files)
         shown = progress(files, len(files), "indexing") if size > 2**30 else files
-        offsets = [_line_offsets(path) for path in shown]
-        self.offset = np.concatenate([np.zeros(0, np.int64), *offsets])
-        self.ends = np.cumsum([len(o) for o in offsets])  # samples up to and with each file
+        found = [_find_lines(path) for path in shown]
+        self.offset, self.number = np.concatenate([np.zeros((2, 0), np.int64), *found], axis=1)
+        self.ends = np.cumsum([lines.shape[1] for lines in found])  # samples up to with each file
 
     def __len__(self):
         return len(self.offset)
@@ -392,9 +395,7 @@ class Samples(Sequence):
         try:
             return _parse_record(line, self.root, path)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            with open(path, "rb") as file:
-                number = file.read(offset).count(b"\n") + 1
-            raise DataError(f"{path}, line {number}: not a SPAR record "
+            raise DataError(f"{path}, line {self.number[index]}: not a SPAR record "
                             f"({type(error).__name__}: {error})") from None
 
 
@@ -407,6 +408,7 @@ def _parse_record(line, root, path):
     if [who for who, _ in turns] != ["gpt", "human"]:
         raise ValueError("conversations must be one question (human) and one answer (gpt)")
     (_, answer), (_, question) = turns
+    tags = question.count("<image>")
     images = [record["image"]] if isinstance(record["image"], str) else list(record["image"])
     depths = record.get("depth") or [
         re.sub(r"(image|video)_color/(.*)\.\w+", r"\1_depth/\2.png", name) for name in images]
@@ -414,6 +416,8 @@ def _parse_record(line, root, path):
     least = 2 if task in MULTI_VIEW_TASKS else 1
     if len(depths) != len(images) or len(images) < least:
         raise ValueError(f"{len(images)} images and {len(depths)} depth maps")
+    if tags not in (0, len(images)):
+        raise ValueError(f"{tags} <image> tags in its question, and {len(images)} images")
     base = root / source / "images"
     return Sample(
         id=str(record.get("id", f"a sample of {path.name}")), source=source, task=task, kind=kind,
@@ -445,11 +449,12 @@ def load_samples(root, split="train", tasks=None, kinds=("select", "fill")):
     return samples
 
 
-def _line_offsets(path):
-    """Byte offset of each line of a file that is not blank, (lines,) int64."""
+def _find_lines(path):
+    """Offset in bytes and number from 1 of each line of a file that is not blank: (2, lines)."""
     with open(path, "rb") as file:
         lengths = np.array([len(line) for line in file], np.int64)
-    return (np.cumsum(lengths) - lengths)[lengths > 2]  # "{}" and a line end is the shortest record
+    lines = np.stack([np.cumsum(lengths) - lengths, 1 + np.arange(len(lengths))])
+    return lines[:, lengths > 2]  # "{}" and a line end is the shortest record
 
 
 def fingerprint(files):
@@ -488,7 +493,7 @@ def _load_image(file, name=None):
         with Image.open(file) as image:
             image.load()
             return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
         raise DataError(f"{name or file}: cannot be read as an image ({error})") from None
 
 
@@ -561,12 +566,12 @@ class Walk:
 
     samples: all of the train split; drawn: indices of those to train on; own_val: whether there is
     a val split. Where there is none, drawn leaves out what is held_out. The order is a function of
-    seed and position alone, so a resumed run goes on where it stopped. What cannot be used is named
-    once, left out, and kept in `skipped`.
+    seed and position alone, so a resumed run goes on where it stopped. What cannot be used is left
+    out, and kept, in order, in `skipped`; the first twenty are named.
     """
 
     def __init__(self, root, count, seed, tasks=MULTI_VIEW_TASKS):
-        self.samples, self.seed, self.skipped = load_samples(root, "train", tasks), seed, set()
+        self.samples, self.seed, self.skipped = load_samples(root, "train", tasks), seed, {}
         try:
             self.val, self.own_val = load_samples(root, "val", tasks), True
         except DataError:
@@ -576,7 +581,7 @@ class Walk:
             lambda sample: not held_out(sample.images), self.samples, k)[1]), count))
         if not self.drawn or next(self.heldout(), None) is None:
             raise DataError(f"{root}: too few samples to train on some and hold out others; add "
-                            "samples, or a val folder beside train")
+                            f"samples, or a val folder beside train{self.first_problem()}")
 
     def attempt(self, prepare, samples, k):
         """(name, prepare(samples[k])), with None in its place if that raises DataError."""
@@ -586,9 +591,15 @@ class Walk:
             return name, prepare(samples[k])
         except DataError as error:
             if str(error) not in self.skipped:
-                self.skipped.add(str(error))
-                print(f"skipped {error}", flush=True)
+                self.skipped[str(error)] = name
+                if len(self.skipped) <= 20:
+                    print(f"skipped {error}", flush=True)
             return name, None
+
+    def first_problem(self):
+        """How many problems there were, and the first, to end an error with; "" without any."""
+        first = next(iter(self.skipped), None)
+        return f" ({len(self.skipped):,} problems, the first: {first})" if first else ""
 
     def at(self, position):
         """Index of the sample at a position of training: the drawn ones, shuffled each epoch."""
@@ -617,7 +628,8 @@ class Walk:
         """[prepare(sample)] of those of `samples` that can be used, read ahead."""
         ready = read_ahead(partial(self.attempt, prepare, samples), range(len(samples)), workers)
         if not (found := [its for _, its in ready if its is not None]):
-            raise DataError(f"none of {len(samples)} held-out samples can be used")
+            raise DataError(
+                f"none of {len(samples)} held-out samples can be used{self.first_problem()}")
         return found
 
 

@@ -5,9 +5,12 @@
     rewards  32 completions about three views, as one step of reinforcement learning scores
     sft      a step beside transformers.Trainer at batch 1 (needs accelerate); memory of the loss at
              Qwen's 151,936 words
-    grpo     a prompt computed once beside G separate rows; --peer: a step beside TRL's trainer
+    grpo     a prompt computed once beside G separate rows; sampling 4 prompts together beside one
+             by one; --peer: a step beside TRL's trainer, and sampling
     evaluate scoring 7,000 predictions
     gpu      the 3B configuration with random weights, a step of each stage; needs a CUDA GPU
+    grids    LOGS: log.jsonl of cold starts, of several seeds: what PaStA's --grid before them is
+             worth (Figure 4), as a table and as grids.svg
 
 Medians of interleaved repetitions. Nothing here is a test: machines differ, ratios less so.
 """
@@ -143,7 +146,8 @@ def make_data(folder, size, **more):
 
 def optimizer_of(module, model, dtype=torch.float32, device=CPU, offload=False):
     return module.Optimizer(model, argparse.Namespace(
-        lr=1e-5, warmup=0, clip=1.0, betas=(0.9, 0.999), offload=offload), dtype, device)
+        lr=1e-5, vision_lr=1e-5, warmup=0, clip=1.0, betas=(0.9, 0.999), offload=offload),
+        dtype, device)
 
 
 def training_step(name, config, size, rounds=5):
@@ -351,28 +355,59 @@ def grpo_setting(folder, size, G, T):
     data = make_data(folder, size)
     _, model, tokenizer = demo_model(folder, data)
     sample = geometry.load_samples(data, tasks=("depth_prediction_oc_mv",))[0]
-    prompt = actor_grpo.make_prompt(
-        sample, actor_grpo.parse_args(["--data", "-"]), tokenizer, Qwen2VLImageProcessorPil(
-            size={"shortest_edge": 56 * 56, "longest_edge": size * size}), model)
+    args = actor_grpo.parse_args(["--data", "-", "--max-new-tokens", str(T)])
+    prompt = actor_grpo.make_prompt(sample, args, tokenizer, Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 56 * 56, "longest_edge": size * size}), model)
     tokens = torch.randint(10, 400, (G, T), generator=torch.Generator().manual_seed(0))
     return model, copy.deepcopy(model), prompt, tokens, tokenizer
 
 
-def one_prompt_phases(model, prompt, tokens, banned):
+def sampler(model, prompts, G, T):
+    """What samples G completions of T tokens, which nothing ends, of prompts all together."""
+    noise = torch.stack([actor_grpo.uniforms(0, 0, k, G, T) for k in range(len(prompts))])
+    images = [None for _ in prompts]
+    none = torch.tensor([-1], device=model.device)
+    return partial(actor_grpo.rollout, model, prompts, images, noise.to(model.device), 1.0,
+                   none[:0], none)
+
+
+def one_prompt_phases(model, prompts, tokens):
+    """The passes of a step of our own, each prompt computed once: rollout, reference, policy."""
     G, T = tokens.shape
-    mask, A = torch.ones_like(tokens, dtype=torch.bool), torch.linspace(-1, 1, G)
-    noise = actor_grpo.uniforms(0, 0, 0, G, T)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    A = torch.linspace(-1, 1, G)
 
     def reference():
         with torch.no_grad():
-            return actor_grpo.group_log_probs(model, prompt, tokens, mask, 1.0)
+            return torch.stack([actor_grpo.group_log_probs(model, prompt, tokens, mask, 1.0)
+                                for prompt in prompts])
 
     def policy():
-        log_p = actor_grpo.group_log_probs(model, prompt, tokens, mask, 1.0)
-        old = log_p.detach()
-        actor_grpo.grpo_loss(log_p, old, old, A, mask, 0.2, 0.01)[0].backward()
+        for prompt in prompts:
+            log_p = actor_grpo.group_log_probs(model, prompt, tokens, mask, 1.0)
+            old = log_p.detach()
+            loss, _ = actor_grpo.grpo_loss(log_p, old, old, A, mask, 0.2, 0.01)
+            (loss / len(prompts)).backward()
 
-    return partial(actor_grpo.rollout, model, prompt, noise, 1.0, banned, [-1]), reference, policy
+    return sampler(model, prompts, G, T), reference, policy
+
+
+def sampling(name, model, prompt, G, T, B=4, repeat=3, wait=lambda: None):
+    """B prompts, all of them together beside one by one. wait: for the device."""
+    together, one = sampler(model, [prompt] * B, G, T), sampler(model, [prompt], G, T)
+
+    def at_once():
+        together()
+        wait()
+
+    def one_by_one():
+        for _ in range(B):
+            one()
+        wait()
+
+    fast, slow = interleaved([at_once, one_by_one], repeat)
+    print(f"sampling {B} x {G} x {T} tokens{name}: one by one {slow:.2f} s, together {fast:.2f} s: "
+          f"{slow / fast:.1f}x", flush=True)
 
 
 def separate_row_phases(model, prompt, tokens):
@@ -409,11 +444,13 @@ def separate_row_phases(model, prompt, tokens):
     return rollout, reference, policy
 
 
-def peer(G=8, T=96, steps=6):
-    """A whole step beside TRL's GRPOTrainer: same model, prompt, G, length, loss and beta.
+def peer(B, size, G=8, T=96, steps=6):
+    """A whole step beside TRL's GRPOTrainer: same model, B prompts, G, length, loss and beta.
 
-    TRL's published processor needs torchvision, so it gets one that knows this prompt only. On a
-    CPU it projects every position through the LM head; here it projects the completions' alone.
+    TRL as it is set for this: all B x G completions generated at once, G rows a pass of the loss,
+    accumulated over B passes. All prompts are alike, which neither side makes use of. TRL's
+    published processor needs torchvision, so it gets one that knows this prompt only. On a CPU it
+    projects every position through the LM head; here it projects the completions' alone.
     """
     try:
         from datasets import Dataset
@@ -447,60 +484,68 @@ def peer(G=8, T=96, steps=6):
 
     def completions_only(model, input_ids, attention_mask, logits_to_keep, batch_size=None,
                          compute_entropy=False, compute_aux_loss=False, num_images=None, **images):
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, **images,
-                       logits_to_keep=logits_to_keep + 1).logits[:, :-1]
-        log_p = torch.log_softmax(logits, -1).gather(-1, input_ids[:, -logits_to_keep:, None])
-        return log_p[..., 0], torch.zeros_like(log_p[..., 0]), None
+        parts = []
+        for some in torch.arange(len(input_ids)).split(batch_size or len(input_ids)):
+            own = {name: its.unflatten(0, (len(input_ids), -1))[some].flatten(0, 1)
+                   for name, its in images.items() if its is not None}  # all rows have as many
+            logits = model(input_ids=input_ids[some], attention_mask=attention_mask[some], **own,
+                           logits_to_keep=logits_to_keep + 1).logits[:, :-1]
+            targets = input_ids[some, -logits_to_keep:, None]
+            parts.append(torch.log_softmax(logits, -1).gather(-1, targets)[..., 0])
+        log_p = torch.cat(parts)
+        return log_p, torch.zeros_like(log_p), None
 
-    for size in (224, 448):
-        with tempfile.TemporaryDirectory() as folder:
-            model, plain, prompt, tokens, tokenizer = grpo_setting(folder, size, G, T)
-            optimizer = optimizer_of(actor_grpo, model)
-            banned = tokenizer.convert_tokens_to_ids(actor_grpo.BANNED)
-            phases, ours, theirs = one_prompt_phases(model, prompt, tokens, banned), [], []
+    with tempfile.TemporaryDirectory() as folder:
+        model, plain, prompt, tokens, tokenizer = grpo_setting(folder, size, G, T)
+        optimizer = optimizer_of(actor_grpo, model)
+        phases = one_prompt_phases(model, [prompt] * B, tokens)
+        ours, theirs = [], []
 
-            class Between(TrainerCallback):
-                """Times TRL's steps, and after each of them one of ours."""
+        class Between(TrainerCallback):
+            """Times TRL's steps, and after each of them one of ours."""
 
-                def on_step_begin(self, *_, **__):
-                    self.start = time.perf_counter()
+            def on_step_begin(self, *_, **__):
+                self.start = time.perf_counter()
 
-                def on_step_end(self, *_, **__):
-                    theirs.append(time.perf_counter() - self.start)
-                    start = time.perf_counter()
-                    for phase in phases:
-                        phase()
-                    optimizer.step(optimizer.reduce())
-                    ours.append(time.perf_counter() - start)
+            def on_step_end(self, *_, **__):
+                theirs.append(time.perf_counter() - self.start)
+                start = time.perf_counter()
+                for phase in phases:
+                    phase()
+                optimizer.step(optimizer.reduce())
+                ours.append(time.perf_counter() - start)
 
-            config = GRPOConfig(
-                folder, per_device_train_batch_size=G, num_generations=G, max_steps=steps,
-                max_completion_length=T, beta=0.01, loss_type="grpo", temperature=1.0, top_k=0,
-                generation_kwargs={"min_new_tokens": T}, learning_rate=1e-5, use_cpu=True,
-                bf16=False, gradient_checkpointing=False, report_to=[], save_strategy="no",
-                logging_steps=1000, disable_tqdm=True)
-            pictures = [Image.new("RGB", (size, size))] * 3  # not looked at
-            trainer = GRPOTrainer(
-                plain, reward_funcs=lambda completions, **_: list(map(float, range(G))),
-                args=config, processing_class=OnePrompt(tokenizer, prompt), callbacks=[Between()],
-                train_dataset=Dataset.from_list([{
-                    "prompt": [{"role": "user", "content": "?"}], "images": pictures}] * steps))
-            trainer._get_per_token_logps_and_entropies = completions_only
-            with contextlib.redirect_stdout(io.StringIO()):
-                trainer.train()
-            one, other = np.median(ours[1:]), np.median(theirs[1:])
-            print(f"grpo, three {size}x{size} images, {G} completions of {T}: a step of TRL "
-                  f"{other:.2f} s, ours {one:.2f} s: {other / one:.1f}x", flush=True)
+        config = GRPOConfig(
+            folder, per_device_train_batch_size=G, num_generations=G, max_steps=steps,
+            gradient_accumulation_steps=B, generation_batch_size=B * G,
+            max_completion_length=T, beta=0.01, loss_type="grpo", temperature=1.0, top_k=0,
+            generation_kwargs={"min_new_tokens": T}, learning_rate=1e-5, use_cpu=True,
+            bf16=False, gradient_checkpointing=False, report_to=[], save_strategy="no",
+            logging_steps=1000, disable_tqdm=True)
+        pictures = [Image.new("RGB", (size, size))] * 3  # not looked at
+        trainer = GRPOTrainer(
+            plain, reward_funcs=lambda completions, **_: [
+                float(k % G) for k in range(len(completions))],
+            args=config, processing_class=OnePrompt(tokenizer, prompt), callbacks=[Between()],
+            train_dataset=Dataset.from_list([{
+                "prompt": [{"role": "user", "content": "?"}], "images": pictures}] * B * steps))
+        trainer._get_per_token_logps_and_entropies = completions_only
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer.train()
+        one, other = np.median(ours[1:]), np.median(theirs[1:])
+        print(f"grpo {B} x {G}, {size}x{size}: TRL {other:.2f} s, ours {one:.2f} s: "
+              f"{other / one:.1f}x", flush=True)
+        if B > 1:
+            sampling(f", {size}x{size}", model, prompt, G, T, B)
 
 
 def grpo(G=8, T=96):
     for size in (224, 448):
         with tempfile.TemporaryDirectory() as folder:
-            model, plain, prompt, tokens, tokenizer = grpo_setting(folder, size, G, T)
-            banned = tokenizer.convert_tokens_to_ids(actor_grpo.BANNED)
-            ours = one_prompt_phases(model, prompt, tokens, banned)
+            model, plain, prompt, tokens, _ = grpo_setting(folder, size, G, T)
+            ours = one_prompt_phases(model, [prompt], tokens)
             theirs = separate_row_phases(plain, prompt, tokens)
-            difference = float((ours[1]() - theirs[1]()).abs().max())
+            difference = float((ours[1]()[0] - theirs[1]()).abs().max())
             seconds = interleaved([*ours, *theirs], 5)
             print(f"grpo, three {size}x{size} images, {len(prompt.ids)} prompt tokens, {G} "
                   f"completions of {T} (log p differs by {difference:.0e}):")
@@ -510,6 +555,7 @@ def grpo(G=8, T=96):
             one, rows = sum(seconds[:3]), sum(seconds[3:])
             print(f"  in all     one prompt {one:.2f} s, separate rows {rows:.2f} s: "
                   f"{rows / one:.1f}x", flush=True)
+            sampling(f", {size}x{size}", model, prompt, G, T)
         peaks = [float(subprocess.run(
             [sys.executable, __file__, "peak-memory", "--of", what, "--size", str(size)],
             capture_output=True, text=True, check=True).stdout.split()[-1])
@@ -521,7 +567,7 @@ def grpo(G=8, T=96):
 def grpo_peak(what, size):
     with tempfile.TemporaryDirectory() as folder:
         model, plain, prompt, tokens, _ = grpo_setting(folder, size, 8, 96)
-        phases = (one_prompt_phases(model, prompt, tokens, []) if what == "one-prompt"
+        phases = (one_prompt_phases(model, [prompt], tokens) if what == "one-prompt"
                   else separate_row_phases(plain, prompt, tokens))
         before = peak_rss()
         phases[2]()
@@ -558,6 +604,40 @@ def scoring(N=7000):
               "importing torch included")
 
 
+# ------------------------------------------------------------------------- PaStA's grid, Figure 4
+
+
+def grid_of(log):
+    """--grid of the PaStA that a run started from: a run's log names its start model, and beside
+    that lies the log of the run before."""
+    while True:
+        args = json.loads(log.read_text().splitlines()[0])["args"]
+        if "grid" in args:
+            return args["grid"]
+        begun_in = Path(str(log).removesuffix(f"{args['out']}/log.jsonl"))
+        log = begun_in / args["model"] / "log.jsonl"
+
+
+def grids(logs):
+    """Held-out R_act and R_ans at the end of cold starts over PaStA's grid: a line a seed, and
+    their mean with its standard deviation over seeds."""
+    reached = {"action": {}, "answer": {}}  # {field: {seed: {grid: value}}}
+    for log in logs:
+        grid, (_, seed, fields) = grid_of(log), evaluate.read_curve(log)
+        for field, of_seeds in reached.items():
+            of_seeds.setdefault(seed, {})[grid] = fields[field][-1][1]
+    panels = []
+    for field, of_seeds in reached.items():
+        lines = [("a line a seed, and their mean", *np.array(sorted(of_grids.items())).T)
+                 for of_grids in of_seeds.values()]
+        panels.append(evaluate.panel(f"after the cold start: {field}", lines, "grid"))
+        for grid in sorted({grid for of_grids in of_seeds.values() for grid in of_grids}):
+            values = [of_grids[grid] for of_grids in of_seeds.values() if grid in of_grids]
+            spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
+            print(f"{field}, grid {grid}: {np.mean(values):.3f} +- {spread:.3f} of {len(values)}")
+    Path("grids.svg").write_text(evaluate.svg_of(panels), encoding="utf-8")
+
+
 # ------------------------------------------------------------------------------------- a CUDA GPU
 
 
@@ -580,7 +660,6 @@ def gpu(G=8, T=288):
         print("the 3B configuration: not measured, no CUDA GPU here")
         return
     cuda = torch.device("cuda")
-    torch.set_default_dtype(torch.bfloat16)
     ids = torch.cat([torch.full((40,), 9707), *(
         torch.tensor([151_652, *[151_655] * 256, 151_653]) for _ in range(3)),
         torch.full((120,), 9707)])
@@ -602,17 +681,21 @@ def gpu(G=8, T=288):
             "", torch.cat([ids, torch.full((250,), 1000)]), len(ids), images, None, "actions")
         return -actor_sft.response_log_probs(model, example).mean()
 
-    def reinforce(model):
+    def asked(model):
         positions, _ = model.model.get_rope_index(
             ids[None], (ids == 151_655).int()[None], image_grid_thw=images["image_grid_thw"])
-        prompt = actor_grpo.Prompt("", ids, positions[:, 0], images, None)
-        log_p = actor_grpo.group_log_probs(model, prompt, tokens, mask, 1.0, recompute=True)
+        return actor_grpo.Prompt("", ids, positions[:, 0], images, None, T)
+
+    def reinforce(model):
+        log_p = actor_grpo.group_log_probs(model, asked(model), tokens, mask, 1.0, recompute=True)
         return actor_grpo.grpo_loss(log_p, log_p.detach(), log_p.detach(), A, mask, 0.2, 0.01)[0]
 
     for name, loss_of, offload in (("pasta", align, False), ("sft", tune, False),
                                    ("sft --offload", tune, True), ("grpo", reinforce, False)):
+        torch.set_default_dtype(torch.bfloat16)
         with cuda:
             model = Qwen2_5_VLForConditionalGeneration(published_3b())
+        torch.set_default_dtype(torch.float32)
         blocks = [*model.model.visual.blocks]
         blocks += [*model.model.language_model.layers] if loss_of is tune else []
         for block in blocks:
@@ -629,6 +712,8 @@ def gpu(G=8, T=288):
         (seconds,) = interleaved([step], 3)
         print(f"{name} at 3B, three 448x448 images: {seconds:.2f} s a step, peak "
               f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True)
+        if loss_of is reinforce:
+            sampling(" at 3B", model, asked(model), G, T, wait=torch.cuda.synchronize)
         del model, trained, optimizer, blocks, step
         torch.cuda.empty_cache()
 
@@ -636,7 +721,8 @@ def gpu(G=8, T=288):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=(
-        "pasta", "index", "rewards", "sft", "grpo", "evaluate", "gpu", "peak-memory"))
+        "pasta", "index", "rewards", "sft", "grpo", "evaluate", "gpu", "grids", "peak-memory"))
+    parser.add_argument("logs", nargs="*", type=Path, help="of grids")
     parser.add_argument("--recompute", action="store_true", help="of peak-memory")
     parser.add_argument("--of", help="of peak-memory: whose")
     parser.add_argument("--peer", action="store_true", help="of grpo: beside TRL's GRPOTrainer")
@@ -649,11 +735,16 @@ if __name__ == "__main__":
     elif chosen.what == "sft":
         sft()
     elif chosen.what == "grpo":
-        peer() if chosen.peer else grpo()
+        for B, size in itertools.product((4, 1), (224, 448)) if chosen.peer else ():
+            peer(B, size)
+        if not chosen.peer:
+            grpo()
     elif chosen.what == "evaluate":
         scoring()
     elif chosen.what == "gpu":
         gpu()
+    elif chosen.what == "grids":
+        grids(chosen.logs)
     elif chosen.of in ("plain-loss", "chunked-loss"):
         loss_peak(chosen.of)
     elif chosen.of:

@@ -2,6 +2,7 @@
 to table, files as people have them, predictions that continue, and a page that shows anything."""
 
 import base64
+import collections
 import csv
 import io
 import json
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
+import benchmark
 import evaluate
 import geometry
 import rewards
@@ -213,6 +215,48 @@ def test_mmsi_tsv(tmp_path):
     assert [picture.size for picture in item.images()] == [(64, 48), (80, 60)]
 
 
+def test_cells_of_a_tsv_that_cannot_be_decoded(tmp_path):
+    """Each is named and left out, a data URL and a bare carriage return are none of them."""
+    good, skipped = base64.b64encode(jpeg(size=(64, 48))).decode(), []
+    assert len(good) % 4 == 0
+    rows = [good, f"data:image/jpeg;base64,{good}", good[:-1], good.rstrip("=")[:-2], "a",
+            f"{good}*{good}", "", "QUJD QUJDR"]
+    lines = ["index\timage\tquestion\tanswer\tcategory", *(
+        f"{k}\t{cell}\tA?\tB\tMSR" for k, cell in enumerate(rows)), "9\tab\rc"]
+    (tmp_path / "MMSI_bench.tsv").write_bytes("\n".join(lines).encode())
+    items = evaluate.load_items("mmsi", tmp_path, skipped.append)
+    assert [item.id for item in items] == ["0", "1"] and len(skipped) == len(lines) - 2
+    assert all(item.images()[0].size == (64, 48) for item in items)
+    assert all(f"MMSI_bench.tsv, row {k}: " in said for k, said in enumerate(skipped, 2))
+
+
+def test_a_benchmark_behind_links(tmp_path):
+    """Links that lead back to where they stand are not followed twice."""
+    write_mmsi(tmp_path / "elsewhere/deep")
+    for name, target in (("a/data", "elsewhere"), ("elsewhere/up", "a"), ("b", "a/data/deep")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(tmp_path / target)
+    for name in ("a", "b", "."):
+        assert len(evaluate.load_items("mmsi", tmp_path / name, lambda text: None)) == 3
+
+
+@pytest.mark.parametrize("text, answer", [
+    ("Option A. is wrong...</think>\n\nC", "C"), ("right 20<|im_end|>", "right 20"),
+    ("C<|endoftext|><|im_start|>user\nB<|im_end|>", "C"), ("<answer>A<|im_end|>", "A"),
+    ("<think>... <answer></answer> ...</think><answer>C</answer>", "C"),
+    ("<think>maybe <answer>B</answer></think><answer>C</answer>", "C"),
+    ("maybe <answer>B</answer>, no</think><answer>C</answer>", "C"),
+    ("<think>a<think>b</think> <answer>B</answer></think><answer>C</answer>", "C"),
+    ("<think>maybe <answer>B</answer></think>C", "C"), ("<think>x</think>", ""),
+    ("<answer>A</answer><answer>B</answer>", "A"), ("<answer> </answer><answer>B</answer>", "B"),
+    ("<answer>A</answer><think>or <answer>B</answer>?</think>", "A"), ("<answer></answer>C", ""),
+    ("<action>[]</action><think>x</think> C ", "C"), ("<think>a <action></think>[]</action>C", "C"),
+    ("<think>a</think>B<think>so <answer>C</answer>", ""), ("<action>[]</action><answer>C", "C"),
+    ("I think. <action>[]</action> C", "C"), ("Well: <answer>C</answer> it is", "C"), ("C", "C")])
+def test_the_answer_of_a_response(text, answer):
+    assert evaluate.answer_of(text) == answer
+
+
 def write_cvbench(folder):
     for name, sources in (("2d", ("ADE20K", "COCO", "Nowhere")), ("3d", ("Omni3D",))):
         path = write_parquet(folder / f"test_{name}.parquet", [
@@ -372,17 +416,55 @@ def test_turns_and_walks_apart_beside_the_best_constant_plan(score, tmp_path):
     texts = [rewards.write_response(rewards.gold_plans(item.poses), said) for item, said in zip(
         items, ("right 20", "left 20", "right 60", "right 30"))]
     texts[2] = texts[0]  # 20 where 60 is right
+    texts[0] += "<|im_end|>\nand more"  # as some engines hand it out
     _, rows = score(texts, "--mode", "action")
     off, walk = math.exp(-40 / 30), math.exp(-2 - 10 / 30)  # of 20 where it is 60; where it walks
     for label, n, expected in (
             ("camera_turn", 4, 0.5), ("Avg", 4, 0.5), ("R_fmt", 4, 1), ("R_act", 4, (3 + off) / 4),
-            ("R_act, turns", 3, (2 + off) / 3), ("R_act, walks", 1, 1),
-            ("constant plan", 4, (2 + off + walk) / 4), ("constant plan, turns", 3, (2 + off) / 3),
-            ("constant plan, walks", 1, 1)):
+            ("R_act, turns", 3, (2 + off) / 3), ("R_act, walks", 1, 1)):
         assert rows[label][1:3] == [n, pytest.approx(100 * expected, abs=1e-3)], label
+    constants = results(tmp_path / "out/evaluation")["constants"]
+    for label, expected in (
+            ("R_act", (2 + off + walk) / 4), ("R_act, turns", (2 + off) / 3), ("R_act, walks", 1)):
+        assert constants[label] == pytest.approx(100 * expected, abs=1e-3), label
     texts = (f"<think>So.</think><answer>{item.gold}</answer>" for item in items)
     _, rows = score(texts, "--mode", "language")  # its form is another
     assert rows["R_fmt"][2] == rows["Avg"][2] == 100 and "R_act" not in rows
+
+
+def test_best_constant_answers_stand_beside_the_scores(root, tmp_path):
+    """Of each task one of its golds, by its own scorer; groups and Avg weigh them as they do the
+    scores; a published benchmark has none."""
+    asked = (("camera_turn", "right 20"), ("camera_turn", "right 20"), ("camera_turn", "left 20"),
+             ("obj_spatial_relation_oo_mv", "B"), ("obj_spatial_relation_oo_mv", "C"),
+             ("depth_prediction_oc_mv", "2.0"), ("depth_prediction_oc_mv", "2.2"),
+             ("depth_prediction_oc_mv", "40"), ("position_matching", "A"))
+    rows = [{"id": k, "task": task, "question": "?", "answer": gold, "image": ["a.jpg", "b.jpg"]}
+            for k, (task, gold) in enumerate(asked)]
+    write_lines(tmp_path / "rooms.jsonl", rows)
+    write_lines(tmp_path / "theirs.jsonl", [{"id": row["id"], "response": "B"} for row in rows])
+    # "right 20" is right twice; "2.0" once, and 9 % off, within nine of the ten thresholds
+    for convention, average in (("hatch", (2 + 1 + 1.9 + 1) / 9),
+                                ("spar", (2 / 3 + 1 / 2 + 1.9 / 3 + 1) / 4)):
+        done = run("evaluate.py", root, tmp_path, "--bench", "rooms", "--data", "rooms.jsonl",
+                   "--score", "theirs.jsonl", "--convention", convention)
+        assert done.returncode == 0, done.stdout
+        constants = results(tmp_path / "out/evaluation")["constants"]
+        for label, expected in (
+                ("camera_turn", 2 / 3), ("obj_spatial_relation_oo_mv", 0.5), ("High", 0.5),
+                ("depth_prediction_oc_mv", 1.9 / 3), ("position_matching", 1), ("Avg", average)):
+            assert constants[label] == pytest.approx(100 * expected), label
+        header, *lines = [line.split() for line in done.stdout.splitlines() if line.strip()]
+        assert header[-3:] == ["theirs", "n", "constant"]
+        shown = {words[0]: words[-1] for words in lines}
+        assert all(shown[label] == f"{value:.1f}" for label, value in constants.items())
+    rows = [row for row in rows if row["task"] != "camera_turn"]
+    write_lines(tmp_path / "spar.jsonl", rows)
+    done = run("evaluate.py", root, tmp_path, "--bench", "spar-mv", "--data", "spar.jsonl",
+               "--score", "theirs.jsonl")
+    assert done.returncode == 0 and results(tmp_path / "out/evaluation")["constants"] == {}
+    (header,) = [line for line in done.stdout.splitlines() if line.startswith("SPAR-Bench-MV")]
+    assert " ".join(header.split()).endswith("theirs n Qwen2.5-VL-3B (paper) HATCH (paper)")
 
 
 @pytest.mark.parametrize("encoding, head", [
@@ -447,6 +529,26 @@ def test_hostile_responses_show_as_text(texts, seen, score, tmp_path):
     assert all(evaluate.shown(part) in source for part in seen) and len(source) < 200_000
 
 
+def test_questions_of_the_page_are_drawn_evenly():
+    """Over tasks, right and wrong, turns and walks, though nearly all are wrong turns of one task;
+    the first two differ in all of it; each is drawn once, and at last all are."""
+    records = [{"item": evaluate.Item(str(k), task, "?", "A", None, 2), "score": score,
+                "walks": walks} for k, (task, score, walks) in enumerate(
+                    [("a", 0.0, False)] * 80 + [("b", 0.0, False)] * 20 + [
+                        (task, score, walks) for task in "ab" for score in (0.49, 0.5, 1.0)
+                        for walks in (False, True)] * 3)]
+    runs = [evaluate.Run("rooms", "m", records, {}, {}, {})]
+    drawn = [record for _, record in evaluate.draw_questions(runs, 12)]
+    for count in (2, 4, 12):
+        for trait in (lambda its: its["item"].task, lambda its: its["score"] >= 0.5,
+                      lambda its: its["walks"]):
+            seen = collections.Counter(trait(its) for its in drawn[:count])
+            assert len(seen) == 2 and max(seen.values()) - min(seen.values()) <= count // 4
+    every = [record["item"].id for _, record in evaluate.draw_questions(runs, 10_000)]
+    assert len(every) == len(set(every)) == len(records)
+    assert every[:12] == [its["item"].id for its in drawn]
+
+
 def test_a_camera_path_is_seen_from_above():
     """Two metres to the right, then a gaze half left of that: right is right, ahead is up."""
     plan = [{"turn_right_deg": 90}, {"move_forward_m": 2}, {"turn_left_deg": 45}]
@@ -478,6 +580,68 @@ def test_curves_of_several_runs(root, tmp_path):
     y_of = np.polyfit(*zip(*ticks), 1)  # the axis is the one that the curve is drawn on
     assert lines[1][50, 1] == pytest.approx(np.polyval(y_of, 0.3 + 51 / 1000), abs=1.5)
     assert (np.diff(lines[1][:, 0]) > 0).all() and (np.diff(lines[1][:, 1]) <= 0).all()
+
+
+def write_log(path, args, rows):
+    return write_lines(path / "log.jsonl", [{"args": args, "versions": {}}, *rows])
+
+
+def polylines(panel):
+    return [(line.get("stroke"), line.get("stroke-width"),
+             np.array([point.split(",") for point in line.get("points").split()], float))
+            for line in panel.iter("{http://www.w3.org/2000/svg}polyline")]
+
+
+def test_stages_in_their_order_and_a_colour_for_all_seeds(tmp_path):
+    """Runs that differ in digits alone, each with a seed of its own, share a colour: thin their
+    curves, thick the mean of these at steps that all have. With one seed they are other settings;
+    a run that has been stopped ends the mean."""
+    logs = [write_log(tmp_path / f"seed_{seed}" / name, {"seed": seed}, [
+        {"step": k, "kl": level + seed, "excess" if name == "pasta" else "length": 1.0}
+        for k in range(1, 11 - 2 * seed)])
+        for seed in (0, 1, 2) for name, level in (("grpo", 0.0), ("without/grpo", 7.0))]
+    for width in (1, 2):
+        logs.append(write_log(tmp_path / f"width_{width}", {"seed": 0}, [
+            {"step": k, "match_accuracy": 0.1 * k, "excess": 1.0} for k in range(1, 11)]))
+    svg = xml.etree.ElementTree.fromstring(evaluate.draw_curves(logs))
+    texts = [[*panel.iter("{http://www.w3.org/2000/svg}text")] for panel in svg]
+    assert [its[0].text for its in texts] == [
+        "pasta: match_accuracy", "pasta: excess", "grpo: kl", "grpo: length"]
+    assert [[span.text for span in its[-1]] for its in texts[1:3]] == [
+        ["width_1", "width_2"], ["seed_*/grpo", "seed_*/without/grpo"]]
+    lines = polylines(svg[2])
+    first, second, *_ = evaluate.COLOURS
+    assert [colour for colour, *_ in lines] == [first] * 4 + [second] * 4
+    for own in (lines[:4], lines[4:]):
+        assert [width for _, width, _ in own] == [None] * 3 + ["2.5"]
+        assert [len(points) for *_, points in own] == [10, 8, 6, 6]
+        heights = [points[0, 1] for *_, points in own]
+        assert heights[0] > heights[1] > heights[2] and (
+            heights[3] == pytest.approx(heights[1], abs=0.2))
+
+
+def test_figure_of_grids(tmp_path, monkeypatch, capsys):
+    """The grid is PaStA's, found by the start models of the runs on the way, wherever they lie."""
+    logs = []
+    for seed, level in ((0, 0.2), (1, 0.4)):
+        for grid in (3, 2):
+            names = [f"out/{grid}/{stage}" for stage in ("pasta", "sft", "cold")]
+            models = ["out/demo/model", *names[:2]]
+            for name, model in zip(names, models):
+                args = {"seed": seed, "out": name, "model": model}
+                if name == names[0]:
+                    args["grid"] = grid
+                rows = [{"step": k, "action": k * level / grid, "answer": 0.5} for k in (0, 1)]
+                logs.append(write_log(tmp_path / f"s{seed}" / name, args, rows))
+    monkeypatch.chdir(tmp_path)
+    benchmark.grids(logs[2::3])
+    assert "action, grid 2: 0.150 +- 0.071 of 2\naction, grid 3: 0.100 +- 0.047 of 2\nanswer, " in (
+        capsys.readouterr().out)
+    action, answer = xml.etree.ElementTree.parse("grids.svg").getroot()
+    assert "grid 2 to 3" in "".join(action.itertext())
+    assert [width for _, width, _ in polylines(action)] == [None, None, "2.5"]
+    ends = [points[[0, -1], 1] for *_, points in polylines(action)]
+    assert np.allclose((ends[0] + ends[1]) / 2, ends[2], atol=0.2) and (ends[2][0] < ends[2][1])
 
 
 @pytest.mark.parametrize("said, given", [

@@ -252,7 +252,8 @@ def test_frames_that_cannot_be_used(tmp_path):
             "pose/1.txt": {
                 b"1 2 3": "holds 3 numbers, expected 4x4", b"inf " * 16: "holds inf or NaN",
                 b"1 0 0 0  0 1 0.02 0  0 0 1 0  0 0 0 1": "not a rigid pose",
-                b"1 0 0 0  0 1 0 0  0 0 1 0  1 2 3 1": "not a rigid pose"},
+                b"1 0 0 0  0 1 0 0  0 0 1 0  1 2 3 1": "not a rigid pose",
+                b"-1 0 0 0  0 1 0 0  0 0 1 0  0 0 0 1": "not a rigid pose: a rotation .of det"},
             "intrinsic/intrinsic_depth.txt": {
                 b"1 0 0 1": "holds 4 numbers, expected 3x3 or 4x4",
                 b"60 0 31 0 60 23 0 0.1 1": ".*last row .*not", b"0 0 31 0 60 23 0 0 1": "fx 0, ",
@@ -274,7 +275,9 @@ def test_what_a_line_says(tmp_path):
             turns(gpt="2.0", human="How far?"), turns(user="How far?", assistant="2.0"),
             turns(human="Frame-0: <image>\nFrame-1: <image>\nHow far?", gpt="2.0")]
     bad = [turns(human="a", gpt="b") * 2, turns(human="a", user="b", gpt="c"), turns(human="a"),
-           turns(system="a", gpt="b"), turns(human="a", tool="b"), turns(human=3, gpt="b"), 5]
+           turns(system="a", gpt="b"), turns(human="a", tool="b"), turns(human=3, gpt="b"), 5,
+           *(turns(human="<image>\n" * n + "a", gpt="b") for n in (1, 3)),
+           turns(human="Frame-0: <image>\na", gpt="b")]
     lines = [{"conversations": its} for its in (*fine, *bad)] + [
         {"image": 0}, {"image": []}, {"image": [3, 4]}, {"image": "a.jpg"}, {"image": ["a.jpg"]},
         {"image": ["a", "b"], "depth": ["a.png"]}]
@@ -323,6 +326,16 @@ def test_one_function_opens_every_picture(tmp_path, file, wanted):
                          (encoded(np.float32([[0.5]]), file="TIFF"), "pixels are floats; save it")):
         with pytest.raises(geometry.DataError, match=f"a.png: {message}"):
             geometry.open_image(io.BytesIO(bad), "a.png")
+
+
+def test_a_picture_that_the_library_cannot_decode(monkeypatch):
+    """A damaged AVIF raises what no other format does."""
+    def fail(*_):
+        raise RuntimeError("Failed to decode image")
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(geometry.DataError, match="a.avif: cannot be read as an image"):
+        geometry.open_image("a.avif")
 
 
 def marks(sample, task, **markers):
@@ -388,6 +401,14 @@ def test_no_frame_that_is_held_out_is_trained_on(tmp_path):
         annotate(tmp_path / name, [{"image": [FRAME(k)] * 2} for k in frames])
         with pytest.raises(geometry.DataError, match="too few samples to train on some and hold"):
             geometry.Walk(tmp_path / name, 100, 0)
+
+
+def test_many_lines_that_are_no_samples(tmp_path, capsys):
+    """Twenty are named, all are counted; the first is told again in the last line."""
+    annotate(tmp_path, [{"conversations": None, "messages": []}] * 300)
+    with pytest.raises(geometry.DataError, match=r"too few .* \(300 problems, the first: .*line"):
+        geometry.Walk(tmp_path, 100, 0)
+    assert capsys.readouterr().out.count("skipped ") == 20
 
 
 def test_order_is_a_function_of_seed_and_position(tmp_path):

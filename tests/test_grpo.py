@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -78,14 +79,21 @@ def test_layers_equal_the_librarys(made, recompute, monkeypatch):
     theirs = made[0].model.language_model(inputs_embeds=x, position_ids=positions, use_cache=True)
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **b: library(*a, **b) if len(
         {"attn_mask", "enable_gqa"} & b.keys()) < 2 else pytest.fail("has both"))
-    past, run = [(x.new_zeros(1, 2, 0, 48),) * 2] * 4, actor_grpo.run_layers
-    ours, kept = run(made[0], x, positions, past, None, recompute)
+    nothing, run = actor_grpo.zero_memory(made[0], 1, 0), actor_grpo.run_layers
+    append = actor_grpo.append
+    ours, kept = run(made[0], x, positions, nothing, None, append, recompute)
     torch.testing.assert_close((ours, kept), (theirs.last_hidden_state, [
         (layer.keys, layer.values) for layer in theirs.past_key_values.layers]))
-    _, past = run(made[0], x[:, :7], positions[..., :7], past, None, recompute)
-    mask = torch.ones(5, 12, dtype=torch.bool).tril(7)
-    end, again = run(made[0], x[:, 7:], positions[..., 7:], past, mask, recompute)
+    _, past = run(made[0], x[:, :7], positions[..., :7], nothing, None, append, recompute)
+    mask = torch.ones(1, 1, 5, 12, dtype=torch.bool).tril(7)
+    end, again = run(made[0], x[:, 7:], positions[..., 7:], past, mask, append, recompute)
     torch.testing.assert_close((end, again), (ours[:, 7:], kept))
+    memory, write = actor_grpo.zero_memory(made[0], 1, 12), actor_grpo.overwrite
+    with torch.no_grad():  # the same in a memory, which holds all keys and values in the end
+        run(made[0], x[:, :7], positions[..., :7], memory[..., :7, :], None, write)
+        end, again = run(made[0], x[:, 7:], positions[..., 7:], memory, mask, write)
+    torch.testing.assert_close((end, again), (ours[:, 7:], kept))
+    torch.testing.assert_close([(k, v) for k, v in memory], kept)
 
 
 def separate_rows(model, prompt, temperature):
@@ -135,14 +143,15 @@ def test_wrong_layouts_are_noticed(made, case, see, go_on, monkeypatch):
     """Negative controls: completions that see those before them, or begin where these end."""
     right, order = actor_grpo.run_layers, torch.arange(G * T)
 
-    def one_row(model, x, positions, past, mask, recompute):
+    def one_row(model, x, positions, past, mask, join, recompute):
         if mask is None:
-            return right(model, x, positions, past, mask, recompute)
+            return right(model, x, positions, past, mask, join, recompute)
         own = torch.ones(G * T, G * T, dtype=torch.bool).tril()
         own &= see | (order[:, None] // T == order // T)
         positions = positions.repeat(1, 1, G) + go_on * (order - order % T)
         out, kept = right(model, x.reshape(1, G * T, -1), positions, past,
-                          torch.cat([mask[:, :-T].repeat(G, 1), own], 1), recompute)
+                          torch.cat([mask[..., :-T].repeat(1, 1, G, 1), own[None, None]], -1),
+                          join, recompute)
         return out.view(G, T, -1), kept
 
     monkeypatch.setattr(actor_grpo, "run_layers", one_row)
@@ -181,22 +190,87 @@ def naive_rollout(model, prompt, noise, temperature, banned):
     return row[len(prompt.ids):].tolist()
 
 
-@pytest.mark.parametrize("which, temperature, longest", [(0, 1.0, 9), (1, 0.7, 9)])
-def test_rollouts_equal_naive_sampling(made, which, temperature, longest):
-    (model, tokenizer, make), noise = made, actor_grpo.uniforms(0, 1, which, G, longest)
-    prompt, banned = make(SIZES[which]), tokenizer.convert_tokens_to_ids(actor_grpo.BANNED)
-    tokens, mask, log_p = actor_grpo.rollout(model, prompt, noise, temperature, banned, END)
-    wanted = [naive_rollout(model, prompt, one, temperature, banned) for one in noise]
-    assert [row[seen].tolist() for row, seen in zip(tokens, mask)] == wanted
-    # the first end token is inside the mask, nothing behind it
-    assert mask.tolist() == [[t < len(row) for t in range(mask.shape[1])] for row in wanted]
-    assert len(set(map(len, wanted))) > 1
-    with torch.no_grad():  # what sampling says of a token is what the policy's pass says
-        again = actor_grpo.group_log_probs(model, prompt, tokens, mask, temperature)
-    assert float((again - log_p)[mask].abs().max()) < 1e-5
-    tokens, mask, log_p = actor_grpo.rollout(  # and the loop ends when all have ended
-        model, prompt, noise, temperature, banned, list(range(2000)))
-    assert tokens.shape == mask.shape == log_p.shape == (G, 1) and mask.all()
+def ids_of(tokenizer, *names):
+    return torch.tensor(tokenizer.convert_tokens_to_ids(names), dtype=torch.long)
+
+
+@pytest.mark.parametrize("which, temperature, budgets", [
+    ((0,), 1.0, (9,)), ((0, 1, 2, 1), 0.7, (9, 3, 40, 24)), ((2, 0), 1.0, (1, 17))])
+def test_rollouts_equal_naive_sampling(made, which, temperature, budgets, monkeypatch):
+    """All prompts in one call, of different lengths, each as far as its own budget reaches; those
+    that have ended leave the batch."""
+    (model, tokenizer, make), banned = made, ids_of(made[1], *actor_grpo.BANNED)
+    prompts = [make(SIZES[k], "--max-new-tokens", str(n)) for k, n in zip(which, budgets)]
+    assert [prompt.longest for prompt in prompts] == list(budgets)
+    noise = torch.stack([actor_grpo.uniforms(0, 1, k, G, max(budgets)) for k in which])
+    layers, batches = actor_grpo.run_layers, []
+    monkeypatch.setattr(actor_grpo, "run_layers", lambda model, x, *more: batches.append(
+        len(x)) or layers(model, x, *more))
+    images = [None for _ in prompts]
+    sampled = actor_grpo.rollout(model, prompts, images, noise, temperature, banned,
+                                 torch.tensor(END))
+    lengths, steps = [], batches[len(prompts):]  # behind the prompts' own passes
+    for prompt, own_noise, budget, (tokens, mask, log_p) in zip(prompts, noise, budgets, sampled):
+        wanted = [naive_rollout(model, prompt, one[:budget], temperature, banned.tolist())
+                  for one in own_noise]
+        assert [row[seen].tolist() for row, seen in zip(tokens, mask)] == wanted
+        # the first end token is inside the mask, nothing behind it
+        assert mask.tolist() == [[t < len(row) for t in range(mask.shape[1])] for row in wanted]
+        assert set(tokens[~mask].tolist()) <= set(END[:1])
+        lengths.append(max(map(len, wanted)))
+        assert tokens.shape == mask.shape == log_p.shape == (G, lengths[-1])
+        with torch.no_grad():  # what sampling says of a token is what the policy's pass says
+            again = actor_grpo.group_log_probs(model, prompt, tokens, mask, temperature)
+        assert float((again - log_p)[mask].abs().max()) < 1e-5
+    assert any(len(set(mask.sum(-1).tolist())) > 1 for _, mask, _ in sampled)
+    # asked every 16 tokens: who has ended is out; the last token of all is read by nobody
+    asked = [t - t % 16 for t in range(1, min(max(budgets), -(-max(lengths) // 16) * 16))]
+    assert steps == [sum(n > t or t == 0 for n in lengths) for t in asked]
+
+
+def test_a_batch_changes_no_completion(made):
+    """Each prompt by itself, and next to others that are longer, or are given longer noise."""
+    (model, tokenizer, make), end = made, torch.tensor(END)
+    prompts = [make(its, "--max-new-tokens", "20") for its in SIZES]
+    noise = torch.stack([actor_grpo.uniforms(0, 1, k, G, 30) for k in range(3)])
+    none = torch.tensor([], dtype=torch.long)
+    together = actor_grpo.rollout(model, prompts, [None] * 3, noise, 1.0, none, end)
+    for prompt, own_noise, many in zip(prompts, noise, together):
+        one, = actor_grpo.rollout(model, [prompt], [None], own_noise[None, :, :20], 1.0, none, end)
+        assert torch.equal(one[0], many[0]) and torch.equal(one[1], many[1])
+        torch.testing.assert_close(one[2], many[2], rtol=1e-6, atol=1e-6)
+    ended = actor_grpo.rollout(  # and the loop ends when all have ended
+        model, prompts, [None] * 3, noise, 1.0, none, torch.arange(2000))
+    assert all(its.shape == (G, 1) for group in ended for its in group)
+    assert all(mask.all() for _, mask, _ in ended)
+
+
+@pytest.mark.parametrize("see", ["prompt", "columns"])
+def test_wrong_masks_of_sampling_are_noticed(made, see, monkeypatch):
+    """Negative controls: completions that see the zeros before their prompt, or each other."""
+    (model, tokenizer, make), layers = made, actor_grpo.run_layers
+    prompts = [make(SIZES[k], "--max-new-tokens", "9") for k in (0, 1)]
+    noise = torch.stack([actor_grpo.uniforms(0, 1, k, G, 9) for k in range(2)])
+    L = max(len(prompt.ids) for prompt in prompts)
+
+    def other(model, x, positions, past, mask, join, recompute=False):
+        if mask is not None and mask.shape[0] == 2:
+            mask = mask.clone()
+            mask[..., slice(L) if see == "prompt" else slice(L, None)] = True
+        return layers(model, x, positions, past, mask, join, recompute)
+
+    monkeypatch.setattr(actor_grpo, "run_layers", other)
+    end = torch.tensor(END)
+    sampled = actor_grpo.rollout(model, prompts, [None, None], noise, 1.0, end[:0], end)
+    monkeypatch.setattr(actor_grpo, "run_layers", layers)
+    apart = []
+    for prompt, (tokens, mask, log_p) in zip(prompts, sampled):
+        with torch.no_grad():
+            again = actor_grpo.group_log_probs(model, prompt, tokens, mask, 1.0)
+        apart.append(float((again - log_p)[mask].abs().max()))
+    assert max(apart) > 1e-2, apart
+    if see == "prompt":  # the longest one has no zeros before it
+        assert min(apart) < 1e-5, apart
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -219,9 +293,10 @@ def test_edges_of_the_sampler():
     """What has no probability never comes; NaN, of which the loss will tell, gives some word."""
     logits, u = torch.tensor([-math.inf, 0.0, 0.0, -math.inf]), normal(4)
     u[:] = torch.tensor([0.0, 0.4999, 0.5, 1 - 1e-16], dtype=torch.float64)
-    assert actor_grpo.sample_tokens(logits.expand(4, -1), u, 1.0, [])[0].tolist() == [1, 1, 2, 2]
-    assert set(actor_grpo.sample_tokens(math.nan * normal(4, 4), u, 1.0, [])[0].tolist()) <= set(
-        range(4))
+    none = torch.tensor([], dtype=torch.long)
+    assert actor_grpo.sample_tokens(logits.expand(4, -1), u, 1.0, none)[0].tolist() == [1, 1, 2, 2]
+    chosen, _ = actor_grpo.sample_tokens(math.nan * normal(4, 4), u, 1.0, none)
+    assert set(chosen.tolist()) <= set(range(4))
 
 
 def test_noise_is_a_function_of_seed_step_prompt_and_completion():
@@ -294,47 +369,91 @@ def test_clipping_and_clamping_stop_the_gradient():
 
 @pytest.mark.parametrize("more, block", [(["--freeze", "vision"], "action"),
                                          (["--reasoning", "language"], "think")])
-def test_roll_out_group(made, monkeypatch, more, block):
+def test_roll_out_groups(made, monkeypatch, more, block):
     (model, tokenizer, make), paid = made, []
     monkeypatch.setattr(actor_grpo, "END", tokenizer.convert_ids_to_tokens(END))
     monkeypatch.setattr(rewards, "total_reward", lambda *a, **b: paid.append((*a, b)) or pay(*a))
     args = actor_grpo.parse_args(
         "--data - --group 4 --max-new-tokens 12 --weights 1 2 3 --tau-t 2 --tau-r 20 --seed 4 "
         "--temperature 0.7".split() + more)
-    prompt, gold = make(SIZES[0]), make(SIZES[0]).gold
-    its = actor_grpo.roll_out_group(model, model, tokenizer, prompt, args, step=5, number=1)
-
-    tokens, mask, _ = actor_grpo.rollout(model, prompt, actor_grpo.uniforms(4, 5, 1, G, 12), 0.7,
-                                         tokenizer.convert_tokens_to_ids(actor_grpo.BANNED), END)
-    rows = [one[seen].tolist() for one, seen in zip(tokens, mask)]
-    texts = [tokenizer.decode([k for k in row if k not in END]) for row in rows]
-    assert paid == [(text, gold, [1, 2, 3], 2, 20, {"block": block}) for text in texts]
-    scores = [pay(text) for text in texts]
-    A = actor_grpo.group_advantages(torch.tensor([score["total"] for score in scores]))
-    with torch.no_grad():  # equal, whether the images' tokens were known already or not
-        ref = actor_grpo.group_log_probs(model, prompt, tokens, mask, 0.7)
-    for name, wanted in (("tokens", tokens), ("mask", mask), ("A", A), ("ref", ref)):
-        assert torch.equal(its[name], wanted)
-    assert (its["images"] is not None) == ("vision" in more) and not its["ref"].requires_grad
-    cut = np.mean([row[-1] not in END for row in rows])
-    assert 0 < cut < 1 and its["logged"] == {
-        "scores": scores, "length": pytest.approx(np.mean([len(row) for row in rows])),
-        "truncated": pytest.approx(cut), "distinct": len(set(texts)), "dead_groups": 0}
-    assert its["shown"] == {
-        "step": 5, "id": prompt.id, "task": gold.task, "gold": gold.answer, "responses": [
-            {"text": text, **score, "advantage": float(a)}
-            for text, score, a in zip(texts, scores, A)]}
+    prompts = {1: make(SIZES[0], "--max-new-tokens", "12"),
+               3: make(SIZES[1], "--max-new-tokens", "7")}
+    groups, logged, shown = actor_grpo.roll_out_groups(
+        model, model, tokenizer, prompts, args, step=5)
+    assert [len(its) for its in (groups, logged, shown)] == [2, 2, 2] and len(paid) == 2 * G
+    for number, group, said, seen in zip(prompts, groups, logged, shown):
+        prompt = prompts[number]
+        noise = actor_grpo.uniforms(4, 5, number, G, prompt.longest)
+        (tokens, mask, _), = actor_grpo.rollout(
+            model, [prompt], [None], noise[None], 0.7, ids_of(tokenizer, *actor_grpo.BANNED),
+            torch.tensor(END))
+        rows = [one[kept].tolist() for one, kept in zip(tokens, mask)]
+        texts = [tokenizer.decode([k for k in row if k not in END]) for row in rows]
+        asked, paid = paid[:G], paid[G:]
+        assert asked == [(text, prompt.gold, [1, 2, 3], 2, 20, {"block": block}) for text in texts]
+        scores = [pay(text) for text in texts]
+        A = actor_grpo.group_advantages(torch.tensor([score["total"] for score in scores]))
+        with torch.no_grad():  # equal, whether the images' tokens were known already or not
+            ref = actor_grpo.group_log_probs(model, prompt, tokens, mask, 0.7)
+        for name, wanted in (("tokens", tokens), ("mask", mask), ("A", A), ("ref", ref)):
+            assert torch.equal(getattr(group, name), wanted)
+        assert group.prompt is prompt and not group.ref.requires_grad
+        assert (group.images is not None) == ("vision" in more)
+        cut = np.mean([row[-1] not in END for row in rows])
+        assert 0 < cut < 1 and said == {
+            "scores": scores, "length": pytest.approx(np.mean([len(row) for row in rows])),
+            "truncated": pytest.approx(cut), "distinct": len(set(texts)), "dead_groups": 0}
+        assert seen == {
+            "step": 5, "id": prompt.id, "task": prompt.gold.task, "gold": prompt.gold.answer,
+            "responses": [{"text": text, **score, "advantage": float(a)}
+                          for text, score, a in zip(texts, scores, A)]}
+    assert actor_grpo.roll_out_groups(model, model, tokenizer, {}, args, 5) == ([], [], [])
 
 
 def test_budgets_follow_the_number_of_views(made, monkeypatch):
-    asked = []
+    """And noise is drawn for the longest one of them; equal rewards make a dead group."""
+    (model, tokenizer, make), asked, draw = made, [], actor_grpo.uniforms
     monkeypatch.setattr(rewards, "total_reward", lambda *_, **__: {"total": 1.0})
-    monkeypatch.setattr(actor_grpo, "uniforms", lambda *its: asked.append(its) or normal(G, 1))
-    for more in ("", "--max-new-tokens 7", "--reasoning language"):
+    monkeypatch.setattr(actor_grpo, "uniforms", lambda *its: asked.append(its) or draw(*its))
+    monkeypatch.setattr(actor_grpo, "END", tokenizer.convert_ids_to_tokens(
+        range(len(tokenizer))))
+    for more, wanted in (("", [96 + 3 * 64, 96 + 64]), ("--max-new-tokens 7", [7, 7]),
+                         ("--reasoning language", [256, 256])):
         args = actor_grpo.parse_args(["--data", "-", *more.split()])
-        group = actor_grpo.roll_out_group(made[0], None, made[1], made[2](SIZES[1]), args, 1, 0)
-        assert group["ref"] is None and group["logged"]["dead_groups"] == 1 and not group["A"].any()
-    assert asked == [(0, 1, 0, 8, longest) for longest in (96 + 3 * 64, 7, 256)]
+        prompts = {k: make(SIZES[which], *more.split()) for k, which in ((0, 1), (2, 0))}
+        assert [prompt.longest for prompt in prompts.values()] == wanted
+        groups, logged, _ = actor_grpo.roll_out_groups(model, None, tokenizer, prompts, args, 1)
+        assert all(group.ref is None and not group.A.any() for group in groups)
+        assert all(said["dead_groups"] == 1 for said in logged)
+        assert asked[-2:] == [(0, 1, 0, 8, wanted[0]), (0, 1, 2, 8, wanted[0])]
+
+
+def test_update(made):
+    """Its gradient is that of the mean loss over all groups; the first policy is the one that
+    sampled, and stays `old` in the updates behind it."""
+    model, _, make = made
+    args = actor_grpo.parse_args("--data - --no-recompute --beta 0.1".split())
+    prompts = [make(SIZES[k]) for k in (0, 2)]
+    groups = [actor_grpo.Group(prompt, None, TOKENS, MASK, normal(G, T, seed=1), A.float(),
+                               normal(G, T, seed=2).float()) for prompt in prompts]
+    optimizer = SimpleNamespace(backward=lambda loss: loss.backward())
+    model.zero_grad()
+    old, statistics = actor_grpo.update(model, groups, None, 3, optimizer, args)
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    for group, before, said in zip(groups, old, statistics):
+        log_p = actor_grpo.group_log_probs(model, group.prompt, TOKENS, MASK, 1.0)
+        assert torch.equal(log_p, before) and not before.requires_grad
+        loss, found = actor_grpo.grpo_loss(log_p, before, group.ref, group.A, MASK, 0.2, 0.1)
+        (loss / 3).backward()
+        assert said == {"loss": loss.item() / 3, "gap": float(
+            (before - group.sampled)[MASK].abs().max()), **found}
+    assert torch.equal(gradient, torch.cat([p.grad.flatten() for p in model.parameters()]))
+    earlier = [before - 0.5 for before in old]
+    again, statistics = actor_grpo.update(model, groups, earlier, 3, optimizer, args)
+    assert all(one is other for one, other in zip(again, earlier))
+    assert [said["ratio_max"] for said in statistics] == pytest.approx([math.exp(0.5)] * 2)
+    assert actor_grpo.update(model, [], None, 3, optimizer, args) == ([], [])
 
 
 def test_summary_by_hand():
