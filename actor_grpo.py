@@ -183,7 +183,8 @@ def grpo_loss(log_p, old, ref, A, mask, clip_ratio, beta):
     per_token = -(gain - beta * k3) * mask
     length = mask.sum(-1)  # (G,)
     loss = (per_token.sum(-1) / length).mean()  # mean of each sequence, then of the group
-    k3, ratio = k3.detach()[mask], ratio.detach()[mask]
+    k3 = k3.detach()[mask]
+    ratio = ratio.detach()[mask]
     return loss, {"kl": float(k3.mean()), "kl_max": float(k3.max()),
                   "ratio_max": float(ratio.max()),
                   "clip_share": float(((ratio - 1).abs() > clip_ratio).float().mean())}
@@ -240,7 +241,8 @@ def attend(q, k, v, mask):
 def run_layers(model, x, positions, past, mask, join, recompute=False):
     """All layers: x (R, T, D), positions (3, 1 or R, T), past: (k, v) of each layer -> features
     (R, T, D), and (k, v) of each layer, joined."""
-    language, kept = model.model.language_model, []
+    language = model.model.language_model
+    kept = []
     cos, sin = language.rotary_emb(x, positions)
     for layer, (past_k, past_v) in zip(language.layers, past):
         run = partial(block, layer, cos=cos, sin=sin, mask=mask, join=join)
@@ -471,34 +473,36 @@ class Group(NamedTuple):
 def roll_out_groups(model, reference, tokenizer, prompts, args, step):
     """Steps 2 to 5 for all prompts of a process, {number in the step: Prompt}: their Groups, and of
     each what is logged and what is shown."""
-    groups, logged, shown = [], [], []
+    groups = []
+    logged = []
+    shown = []
     if not prompts:
         return groups, logged, shown
-    end, banned = (torch.tensor(tokenizer.convert_tokens_to_ids(names), device=model.device)
-                   for names in (END, BANNED))
+    end = torch.tensor(tokenizer.convert_tokens_to_ids(END), device=model.device)
+    banned = torch.tensor(tokenizer.convert_tokens_to_ids(BANNED), device=model.device)
+    block_name = "action" if args.reasoning == "action" else "think"
     # 2  roll out G completions of each from the current model
     longest = max(prompt.longest for prompt in prompts.values())
-    noise = torch.stack([uniforms(args.seed, step, number, args.group, longest)
-                         for number in prompts]).to(model.device)
+    noise = [uniforms(args.seed, step, number, args.group, longest) for number in prompts]
+    noise = torch.stack(noise).to(model.device)  # (B, G, longest)
     images = [None for _ in prompts]
     if args.freeze == "vision":  # an encoder that is frozen sees the images once
         images = [encode_images(model, prompt) for prompt in prompts.values()]
     sampled = rollout(model, [*prompts.values()], images, noise, args.temperature, banned, end)
-    for prompt, seen, (tokens, mask, log_p) in zip(prompts.values(), images, sampled):
+    for prompt, image_tokens, (tokens, mask, log_p) in zip(prompts.values(), images, sampled):
         ended = torch.isin(tokens, end) & mask  # (G, T), one token each
         texts = [tokenizer.decode(one[kept]) for one, kept in zip(tokens, mask & ~ended)]
         # 3  score them: R = R_act + R_ans + R_fmt
-        scores = [rewards.total_reward(
-            text, prompt.gold, args.weights, args.tau_t, args.tau_r,
-            block="action" if args.reasoning == "action" else "think") for text in texts]
+        scores = [rewards.total_reward(text, prompt.gold, args.weights, args.tau_t, args.tau_r,
+                                       block_name) for text in texts]
         # 4  compare within the group
         R = torch.tensor([score["total"] for score in scores])
         A = group_advantages(R).to(model.device)
         # 5  log p under the frozen start model
         ref = None
         if reference is not None:
-            ref = group_log_probs(reference, prompt, tokens, mask, args.temperature, seen)
-        groups.append(Group(prompt, seen, tokens, mask, log_p, A, ref))
+            ref = group_log_probs(reference, prompt, tokens, mask, args.temperature, image_tokens)
+        groups.append(Group(prompt, image_tokens, tokens, mask, log_p, A, ref))
         logged.append({"scores": scores, "length": float(mask.sum(-1).float().mean()),
                        "truncated": 1 - float(ended.any(-1).float().mean()),
                        "distinct": len(set(texts)), "dead_groups": float(not A.any())})
@@ -533,22 +537,25 @@ def summary(logged):
     record = {}
     for name, key in (("reward", "total"), ("reward_action", "action"),
                       ("reward_answer", "answer"), ("reward_format", "format")):
-        values = [score[key] for its in logged for score in its["scores"]]
-        record |= {name: float(np.mean(values)), f"{name}_spread": float(np.std(values))}
+        values = [score[key] for group in logged for score in group["scores"]]
+        record[name] = float(np.mean(values))
+        record[f"{name}_spread"] = float(np.std(values))
     for name in ("kl", "clip_share", "length", "truncated", "distinct", "dead_groups"):
-        record[name] = float(np.mean([its[name] for its in logged]))
+        record[name] = float(np.mean([group[name] for group in logged]))
     for name in ("kl_max", "ratio_max", "gap"):
-        record[name] = float(np.max([its[name] for its in logged]))
-    return record | {"kl_median": float(np.median([its["kl"] for its in logged]))}
+        record[name] = float(np.max([group[name] for group in logged]))
+    record["kl_median"] = float(np.median([group["kl"] for group in logged]))
+    return record
 
 
 def warnings_of(record, group):
     """What a record says that its reader should not miss, in words."""
     found = []
-    if record["reward_format"] == 0:
-        found.append("no completion has the form: " + (
-            "most are cut off, raise --max-new-tokens" if record["truncated"] > 0.5 else
-            "is --model a cold start (actor_sft.py --target actions)?"))
+    if record["reward_format"] == 0 and record["truncated"] > 0.5:
+        found.append("no completion has the form: most are cut off, raise --max-new-tokens")
+    elif record["reward_format"] == 0:
+        found.append("no completion has the form: is --model a cold start (actor_sft.py --target "
+                     "actions)?")
     if record["distinct"] < 1.5:
         found.append(f"the {group} completions of a group are the same text: nothing to compare")
     elif record["dead_groups"] == 1:
@@ -1105,40 +1112,41 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world, device, dtype = start_processes(args.precision)
     say = partial(print, flush=True) if rank == 0 else lambda *_, **__: None
-    out, (source, headers) = Path(args.out), find_model(args.model)
+    out = Path(args.out)
+    source, headers = find_model(args.model)
 
     # samples to train on, in the order of --seed
     walk = geometry.Walk(args.data, args.samples, args.seed)
     args.steps = args.steps or max(1, len(walk.drawn) // args.batch)
     args.save_every = args.save_every or max(1, args.steps // 4)
-    now, state, lock = begin(args, walk, source)
+    identity, state, lock = begin(args, walk, source)
     start = state["step"] if state else 0
     say(f"data    {args.data}: {len(walk.drawn):,} of {len(walk.samples):,} multi-image samples, "
         f"{args.batch} prompts x {args.group} completions a step over {world} process(es); "
         f"{args.steps - start:,} steps. Watch the reward: the loss starts near 0 by construction")
     say(f"model   {args.model}: {dtype} on {device}, {args.freeze} frozen")
-    trained = [numbers for name, (numbers, _) in headers.items() if args.freeze != (
-        "vision" if name.startswith("visual.") else "language")]
-    say(memory_line(sum(its for its, _ in headers.values()) * (2 if args.beta else 1), trained,
-                    3 * args.max_pixels // 784 + 512 + args.group * 288, dtype, device,
-                    args.offload))
+    weights, trained = count_weights(headers, args.freeze)
+    if args.beta:
+        weights *= 2  # the reference
+    tokens = 3 * args.max_pixels // 784 + 512 + args.group * 288  # of a prompt, of its completions
+    say(memory_line(weights, trained, tokens, dtype, device, args.offload))
 
     # the policy in its working dtype, with fp32 masters of what trains; the frozen reference
     model, tokenizer = load_model(source, headers)
-    for frozen in {"vision": [model.model.visual], "language": [
-            model.model.language_model, model.lm_head]}.get(args.freeze, []):
-        frozen.requires_grad_(False)
-    for vision_block in model.model.visual.blocks if not args.no_recompute else ():
-        recompute_in_backward(vision_block)
-    optimizer, reference = Optimizer(model, args, dtype, device), None
+    freeze(model, args.freeze)
+    if not args.no_recompute:
+        for vision_block in model.model.visual.blocks:
+            recompute_in_backward(vision_block)
+    optimizer = Optimizer(model, args, dtype, device)
     if state:
         optimizer.load(out, state)
+    reference = None
     if args.beta:
-        reference = load_model(source, headers)[0].requires_grad_(False)
-        Optimizer(reference, args, dtype, device)  # has nothing to train: places the weights
-    prepare = partial(make_prompt, args=args, tokenizer=tokenizer, model=model,
-                      processor=Qwen2VLImageProcessorPil(
-                          size={"shortest_edge": 56 * 56, "longest_edge": args.max_pixels}))
+        reference, _ = load_model(source, headers)
+        place(reference.requires_grad_(False), dtype, device)
+    processor = Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 56 * 56, "longest_edge": args.max_pixels})
+    prepare = partial(make_prompt, args=args, tokenizer=tokenizer, processor=processor, model=model)
     if rank == 0:
         open_log(out / "log.jsonl", args, start)
         open_log(out / "rollouts.jsonl", args, start)
@@ -1154,36 +1162,38 @@ def main(argv=None):
         # 2 to 5
         groups, logged, shown = roll_out_groups(model, reference, tokenizer, prompts, args, step)
         # 6  update: clipped ratio, minus beta KL to the start model
-        old, update_norm = None, None
+        old = None
+        moved = False
         for _ in range(args.updates):
             old, statistics = update(model, groups, old, count, optimizer, args)
             grad_norm = optimizer.reduce()
-            moved = optimizer.step(grad_norm) if count else None
-            if moved is None:  # not finite; updates before it stand
-                break
-            update_norm = moved
+            if not count or not optimizer.step(grad_norm):
+                break  # updates before one that is not finite stand
+            moved = True
 
         logged = gather([one | more for one, more in zip(logged, statistics)])
-        if update_norm is None:
+        if not moved:
             record = left_out(step, count, grad_norm, batch, optimizer, walk, say)
         else:
-            record = {"step": step, "loss": sum(one["loss"] for one in logged), **summary(logged),
-                      "grad_norm": grad_norm, "update_norm": update_norm,
+            loss = sum(group["loss"] for group in logged)
+            record = {"step": step, "loss": loss, **summary(logged), "grad_norm": grad_norm,
                       "seconds": time.monotonic() - tick}
-            if said := warnings_of(record, args.group):
-                record["warnings"] = said
-                say(f"step {step}: {'; '.join(said)}")
+            warnings = warnings_of(record, args.group)
+            if warnings:
+                record["warnings"] = warnings
+                say(f"step {step}: {'; '.join(warnings)}")
         look = step == 1 or step % args.rollouts_every == 0
-        shown, stop = gather(shown if look else []), gather(stops)
+        shown = gather(shown if look else [])
+        stop = gather(stops)
         if rank == 0:
             if stop or step == args.steps or step % args.save_every == 0:
-                save_checkpoint(out, now | {"step": step}, optimizer)
-            for its in shown:
-                write_line(out / "rollouts.jsonl", its)
+                save_checkpoint(out, identity | {"step": step}, optimizer)
+            for group in shown:
+                write_line(out / "rollouts.jsonl", group)
             write_line(out / "log.jsonl", record)
-            print_step(record, args.steps, (time.monotonic() - begun) / (step - start) * (
-                args.steps - step), ("reward", "reward_action", "reward_answer", "reward_format",
-                                     "kl", "grad_norm", "length"))
+            left = (time.monotonic() - begun) / (step - start) * (args.steps - step)
+            print_step(record, args.steps, left, ("reward", "reward_action", "reward_answer",
+                                                  "reward_format", "kl", "grad_norm", "length"))
         if stop:
             gather([])  # torchrun ends all when one has ended: after the first has saved
             say(f"stopped after step {step}; go on with --resume --out {out}")
