@@ -106,23 +106,29 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
 
     for name, value in vars(args).items():
-        if type(value) is int and value < (name != "show"):
+        least = 0 if name == "show" else 1
+        if type(value) is int and value < least:
             p.error(f"--{name.replace('_', '-')} is out of range: {value}")
-    args.answer = not args.score and bool(not args.curves or args.bench or args.data or args.model)
-    if not args.answer:
+    curves_alone = args.curves and not (args.bench or args.data or args.model)
+    args.needs_model = not args.score and not curves_alone
+    if not args.needs_model:
         args.out = args.out or "out/evaluation"
         return args
-    args.bench, args.model = args.bench or "rooms", args.model or "out/grpo"
+    args.bench = args.bench or "rooms"
+    args.model = args.model or "out/grpo"
     if args.bench == "rooms" and args.data is None:  # all that differs in the demo
-        args.data, args.max_pixels = "out/demo/data", args.max_pixels or 112 * 112
-    its, single = BENCHES[args.bench], args.bench in ("spar-si", "cvbench")
+        args.data = "out/demo/data"
+        args.max_pixels = args.max_pixels or 112 * 112
+    benchmark = BENCHES[args.bench]
+    single = args.bench in ("spar-si", "cvbench")
     if args.data is None:
-        p.error(f"--bench {args.bench} needs --data: {its.data}")
+        p.error(f"--bench {args.bench} needs --data: {benchmark.data}")
     if args.mode not in (None, "direct") and single:
         p.error(f"--bench {args.bench} has one image a question: it is asked about directly")
-    args.out = args.out or f"out/evaluation/{args.bench}{'-blind' * args.blind}"
+    folder = f"{args.bench}-blind" if args.blind else args.bench
+    args.out = args.out or f"out/evaluation/{folder}"
     args.mode = args.mode or ("direct" if single else "action")
-    args.max_pixels = args.max_pixels or its.max_pixels
+    args.max_pixels = args.max_pixels or benchmark.max_pixels
     return args
 
 
@@ -206,7 +212,8 @@ def answer_of(response):
     text = before_end(response)
     thoughts = re.findall("</?think>", text)
     depth = 1 if thoughts and thoughts[0] == "</think>" else 0
-    outside, behind = "", ""
+    outside = ""  # all that is no reasoning
+    behind = ""  # what follows the last of it
     for part in re.split("(</?(?:think|action)>)", text):
         if part in ("<think>", "<action>"):
             depth += 1
@@ -225,9 +232,11 @@ def answer_of(response):
 
 def score_answer(bench, task, answer, gold):
     """Official score in [0, 1] of an answer's text (see answer_of)."""
-    if read_letter := BENCHES[bench].letter:
-        return float((read_letter(answer) or "").lower() == gold.lower())
-    return score_spar(task, answer, gold)
+    read_letter = BENCHES[bench].letter
+    if read_letter is None:
+        return score_spar(task, answer, gold)
+    letter = read_letter(answer) or ""
+    return float(letter.lower() == gold.lower())
 
 
 def score_spar(task, prediction, gold):
@@ -242,21 +251,29 @@ def score_spar(task, prediction, gold):
     if task == "camera_turn":  # the rooms' own, not in SPAR-Bench
         return rewards.camera_turn(prediction, gold)
     try:
-        if task == "view_change_infer":  # mean of five axes
-            p, g = ({key: float(value) for key, value in (
-                item.split(":") for item in text.split(","))} for text in (prediction, gold))
-            moved, asked = ([d.get(positive, 0.0) - d.get(negative, 0.0)
-                             for positive, negative in rewards.AXES] for d in (p, g))
-            # swapped, as in the official code
+        if task == "view_change_infer":  # mean of five axes; swapped, as in the official code
+            moved = _signed_moves(prediction)
+            asked = _signed_moves(gold)
             return float(np.mean(list(map(rewards.mean_relative_accuracy, asked, moved))))
         if task in SPAR_LEVELS["Low"]:
             numbers = re.findall(r"(?<!\^)\d+\.\d+|(?<!\^)\d+", prediction)
-            p = float(numbers[-1 if task.endswith("_mv") else 0])  # of several views, the last
-            return rewards.mean_relative_accuracy(p, float(gold))
+            number = numbers[-1] if task.endswith("_mv") else numbers[0]  # _mv: of several views
+            return rewards.mean_relative_accuracy(float(number), float(gold))
     except (IndexError, ValueError):  # no number, or an item that is not key:number
         return 0.0
-    prediction, gold = prediction.lower(), gold.lower()
+    prediction = prediction.lower()
+    gold = gold.lower()
     return float(prediction in gold or prediction[0] == gold)
+
+
+def _signed_moves(text):
+    """The signed amount along each of rewards.AXES of "move_left:2.6,rotate_up:10,..."."""
+    amounts = {}
+    for item in text.split(","):
+        key, value = item.split(":")
+        amounts[key] = float(value)
+    return [amounts.get(positive, 0.0) - amounts.get(negative, 0.0)
+            for positive, negative in rewards.AXES]
 
 
 def mindcube_letter(text):
@@ -270,10 +287,12 @@ def mindcube_letter(text):
             (text, (r"(?:^|\n)(?:Answer: )?([A-E])(?:$|\s)", r'[*"]([A-E])[*"]',
                     r"\bAnswer:?\s*([A-E])\b", r"[Mm]y answer is ([A-E])", r"answer is ([A-E])"))):
         for rule in rules:
-            if found := re.findall(rule, where):
+            found = re.findall(rule, where)
+            if found:
                 return found[-1]
     for line in reversed(text.split("\n")):
-        if found := re.search(r"\b([A-E])\b", line):
+        found = re.search(r"\b([A-E])\b", line)
+        if found:
             return found[1]
     return None
 
@@ -281,7 +300,8 @@ def mindcube_letter(text):
 def mmsi_letter(text):
     """The letter A-D that MMSI-Bench's extractor reads, or None."""
     for ticks in (r"``([^`]*)``", r"`([^`]*)`"):
-        if found := re.search(ticks, text):
+        found = re.search(ticks, text)
+        if found:
             text = found[1]
     found = re.search(r"\b[A-D]\b(?!\s[a-zA-Z])", text)
     return found[0] if found else None
@@ -379,74 +399,121 @@ def table_rows(bench, scores, convention="hatch", draws=1000):
     (2D + 3D) / 2, 2D = (ADE20K + COCO) / 2.
     """
     counts = {task: len(values) for task, values in scores.items()}
-    even = bench == "cvbench" or (convention == "spar" and BENCHES[bench].letter is None)
-    parts = {label: {task: 1 if even else counts[task] for task in tasks if task in counts}
-             for label, tasks in BENCHES[bench].groups.items()}
-    parts["Avg"] = {task: w / len(weights) if bench == "cvbench" else w
-                    for weights in parts.values() for task, w in weights.items()
-                    if task != "translation"}
-    lines = []
-    for label, weights in parts.items():
-        lines += [(label, 0, weights)] * bool(weights)
-        if label != "Avg" and label.lower() not in map(str.lower, weights):
+    lines = []  # label, depth, {task: weight}
+    for label, weights in group_weights(bench, counts, convention).items():
+        if weights:
+            lines.append((label, 0, weights))
+        names = [task.lower() for task in weights]
+        if label != "Avg" and label.lower() not in names:  # a group of one task has its name
             lines += [(task, 1, {task: 1}) for task in weights]
-    lines += [(kind, int("," in kind), {kind: 1}) for kind in FORM if kind in counts]
+    for kind in FORM:
+        if kind in counts:
+            lines.append((kind, 1 if "," in kind else 0, {kind: 1}))
 
-    rng, rows = np.random.default_rng(0), {}
-    means = {task: np.array([np.mean(scores[task]), *np.array(scores[task])[
-        rng.integers(0, n, (draws, n))].mean(1)]) for task, n in sorted(counts.items())}
-    for label, depth, weights in lines:  # as it is; then its questions drawn again, task by task
-        score, *again = 100 * sum(w * means[task] for task, w in weights.items()) / sum(
-            weights.values())
+    means = drawn_means(scores, draws)
+    rows = {}
+    for label, depth, weights in lines:
+        total = sum(weight * means[task] for task, weight in weights.items())
+        score, *again = 100 * total / sum(weights.values())
         low, high = np.percentile(again, (2.5, 97.5)).tolist()
-        rows[label] = depth, sum(counts[task] for task in weights), float(score), low, high
+        n = sum(counts[task] for task in weights)
+        rows[label] = depth, n, float(score), low, high
     return rows
 
 
+def group_weights(bench, counts, convention):
+    """{label: {task: weight in the label's mean}} of a benchmark's groups and of its average;
+    counts: how many questions each task has."""
+    even = bench == "cvbench" or (convention == "spar" and BENCHES[bench].letter is None)
+    groups = {}
+    for label, tasks in BENCHES[bench].groups.items():
+        groups[label] = {task: 1 if even else counts[task] for task in tasks if task in counts}
+    average = {}
+    for weights in groups.values():
+        for task, weight in weights.items():
+            if task != "translation":
+                average[task] = weight / len(weights) if bench == "cvbench" else weight
+    return groups | {"Avg": average}
+
+
+def drawn_means(scores, draws):
+    """{task: (1 + draws,)}: the mean of its scores, and those of as many drawn from them with
+    replacement, `draws` times (the bootstrap)."""
+    rng = np.random.default_rng(0)
+    means = {}
+    for task in sorted(scores):
+        values = np.array(scores[task])
+        drawn = values[rng.integers(0, len(values), (draws, len(values)))]
+        means[task] = np.array([np.mean(values), *drawn.mean(1)])
+    return means
+
+
 def score_run(bench, name, mode, records, convention="hatch"):
-    """Score records {"item", "response"}: adds "answer" and "score" and, where reasoning was asked
-    for (mode "action" or "language"), "R_fmt", "R_act" and "walks": the camera does more than turn.
-    Returns the Run."""
-    scores, golds, constants = {}, {}, {}
+    """The Run of records {"item", "response"}, which score_record adds to. mode: how the model was
+    asked, "action", "language" or "direct"."""
+    scores = {}
+    golds = {}  # {row's label, of R_act: [{pair: plan}]}
     for record in records:
-        item, text = record["item"], before_end(record["response"] or "")
-        record["response"] = record["response"] and text
-        record["answer"] = answer_of(text)
-        record["score"] = score_answer(bench, item.task, record["answer"], item.gold)
-        found = {item.task: record["score"]}
-        if mode in INSTRUCTIONS and item.views > 1:
-            block = "action" if mode == "action" else "think"
-            found["R_fmt"] = record["R_fmt"] = rewards.format_reward(text, item.views, block)
-        if mode == "action" and item.views > 1 and item.poses is not None:
-            parts = {"": rewards.gold_plans(item.poses)}
-            for pair, plan in parts[""].items():
-                kind = ", turns" if rewards.only_turns({pair: plan}) else ", walks"
-                parts.setdefault(kind, {})[pair] = plan
-            for kind, plans in parts.items():
-                found[f"R_act{kind}"] = rewards.action_reward(text, plans)
-                golds.setdefault(kind, []).append(plans)
-            record |= {"R_act": found["R_act"], "walks": ", walks" in parts}
-        for kind, value in found.items():
-            scores.setdefault(kind, []).append(value)
+        found, plans = score_record(bench, mode, record)
+        for label, score in found.items():
+            scores.setdefault(label, []).append(score)
+        for label, those in plans.items():
+            golds.setdefault(label, []).append(those)
     # what can be had without looking at the pictures
-    for kind, those in golds.items():
-        _, plan = rewards.constant_plan(those)
-        constants[f"R_act{kind}"] = [rewards.action_reward(
-            rewards.write_response(dict.fromkeys(gold, plan), "-"), gold) for gold in those]
+    constants = {label: constant_plan(those) for label, those in golds.items()}
     if bench == "rooms":
         for task in sorted(scores.keys() - FORM):
             same = [record["item"].gold for record in records if record["item"].task == task]
             constants[task] = constant_answer(bench, task, same)
-    known = {label: row[2] for label, row in table_rows(bench, constants, convention, 1).items()}
-    return Run(bench, name, records, scores, table_rows(bench, scores, convention), known)
+    rows = table_rows(bench, scores, convention)
+    of_constants = table_rows(bench, constants, convention, draws=1)
+    known = {label: row[2] for label, row in of_constants.items()}
+    return Run(bench, name, records, scores, rows, known)
+
+
+def score_record(bench, mode, record):
+    """Score a record: adds "answer" and "score" and, where reasoning was asked for, "R_fmt",
+    "R_act" and "walks": the camera does more than turn. Returns {row's label: score}, and {row's
+    label: {pair: gold plan}} of the rows of R_act."""
+    item = record["item"]
+    text = before_end(record["response"] or "")
+    if record["response"] is not None:
+        record["response"] = text
+    record["answer"] = answer_of(text)
+    record["score"] = score_answer(bench, item.task, record["answer"], item.gold)
+    found = {item.task: record["score"]}
+    plans = {}
+    reasons = mode in INSTRUCTIONS and item.views > 1
+    if reasons:
+        block = "action" if mode == "action" else "think"
+        record["R_fmt"] = rewards.format_reward(text, item.views, block)
+        found["R_fmt"] = record["R_fmt"]
+    if reasons and mode == "action" and item.poses is not None:
+        plans["R_act"] = rewards.gold_plans(item.poses)
+        for pair, plan in plans["R_act"].items():
+            label = "R_act, turns" if rewards.only_turns({pair: plan}) else "R_act, walks"
+            plans.setdefault(label, {})[pair] = plan
+        for label, those in plans.items():
+            found[label] = rewards.action_reward(text, those)
+        record["R_act"] = found["R_act"]
+        record["walks"] = "R_act, walks" in plans
+    return found, plans
+
+
+def constant_plan(golds):
+    """R_act of one plan for every pair, the one that scores most: a list, a score for each of
+    golds [{pair: plan}]."""
+    _, plan = rewards.constant_plan(golds)
+    texts = [rewards.write_response(dict.fromkeys(gold, plan), "-") for gold in golds]
+    return [rewards.action_reward(text, gold) for text, gold in zip(texts, golds)]
 
 
 def constant_answer(bench, task, golds):
     """Scores [in [0, 1]] of one text as the answer to all questions of a task: that of the golds
     which scores most."""
     best = []
-    for said in sorted(set(golds)):
-        scores = [score_answer(bench, task, said, gold) for gold in golds]
+    for text in sorted(set(golds)):
+        scores = [score_answer(bench, task, text, gold) for gold in golds]
         best = max(best, scores, key=sum)
     return best
 
@@ -454,39 +521,67 @@ def constant_answer(bench, task, golds):
 def tables(runs):
     """The tables as text: for each benchmark its runs side by side, then the paper's rows; then
     Overall of what has a run on each of Table 1's; and what is to be said below them."""
-    found, averages = [], {}
+    found = []
+    averages = {}  # {run's name: {benchmark: its average}}
     for bench in dict.fromkeys(run.bench for run in runs):
-        those, paper = [run for run in runs if run.bench == bench], PAPER.get(bench, {})
-        beside = ["n", "constant"] if any(run.constants for run in those) else ["n"]
-        header = [text for run in those for text in (run.name, *beside)]
-        table = [[BENCHES[bench].title, *header, *[*PAPER_NAMES] * bool(paper)]]
-        every = {task: [0] for run in those for task in run.scores}
-        for label, (depth, *_) in table_rows(bench, every, draws=1).items():  # in their order
-            cells = []
-            for run in those:
-                _, n, *numbers = run.rows.get(label, ("", ""))
-                cells += ["{:.1f} ({:.1f}-{:.1f})".format(*numbers) if numbers else "", f"{n}"]
-                if "constant" in beside:
-                    cells.append(f"{run.constants[label]:.1f}" if label in run.constants else "")
-            cells += [f"{score:.1f}" for score in paper.get(label, ())] or [""] * 2 * bool(paper)
-            table.append(["  " * depth + label, *cells])
-        found.append(table)
+        found.append(bench_table(bench, [run for run in runs if run.bench == bench]))
     for run in runs:
         averages.setdefault(run.name, {})[run.bench] = run.rows["Avg"][2]
-    for name, its in averages.items():
-        if TABLE_1 <= its.keys():
-            cells = (np.mean([its[bench] for bench in TABLE_1]), *PAPER["overall"]["Overall"])
-            found.append([["Table 1", name, *PAPER_NAMES],
-                          ["Overall", *(f"{cell:.1f}" for cell in cells)]])
+    for name, average in averages.items():
+        if TABLE_1 <= average.keys():
+            overall = np.mean([average[bench] for bench in TABLE_1])
+            cells = [f"{score:.1f}" for score in (overall, *PAPER["overall"]["Overall"])]
+            found.append([["Table 1", name, *PAPER_NAMES], ["Overall", *cells]])
     lines = []
     for table in found:
-        first, *others = ([max(map(len, column))] for column in zip(*table))
-        lines += ["   ".join([row[0].ljust(*first), *(
-            cell.rjust(*width) for cell, width in zip(row[1:], others))]) for row in table] + [""]
+        lines += [*aligned(table), ""]
     for run in runs:
-        if missing := sum(record["response"] is None for record in run.records):
+        missing = sum(record["response"] is None for record in run.records)
+        if missing:
             lines.append(f"{run.name}: {missing:,} questions without a response count as wrong.")
     return printable("\n".join([*lines, NOTE]))
+
+
+def bench_table(bench, runs):
+    """A benchmark's table as rows of texts: its runs side by side, then the paper's."""
+    paper = PAPER.get(bench, {})
+    with_constants = any(run.constants for run in runs)
+    header = [BENCHES[bench].title]
+    for run in runs:
+        header += [run.name, "n"]
+        if with_constants:
+            header.append("constant")
+    if paper:
+        header += PAPER_NAMES
+    table = [header]
+    every = {task: [0] for run in runs for task in run.scores}
+    for label, (depth, *_) in table_rows(bench, every, draws=1).items():  # in their order
+        row = ["  " * depth + label]
+        for run in runs:
+            if label in run.rows:
+                _, n, score, low, high = run.rows[label]
+                row += [f"{score:.1f} ({low:.1f}-{high:.1f})", f"{n}"]
+            else:
+                row += ["", ""]
+            if with_constants:
+                row.append(f"{run.constants[label]:.1f}" if label in run.constants else "")
+        if label in paper:
+            row += [f"{score:.1f}" for score in paper[label]]
+        elif paper:
+            row += ["", ""]
+        table.append(row)
+    return table
+
+
+def aligned(table):
+    """A table's rows as lines of equal width: the first column to the left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = []
+    for row in table:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths)]
+        cells[0] = row[0].ljust(widths[0])
+        lines.append("   ".join(cells))
+    return lines
 
 
 # ------------------------------------------------------------------------------------- its data
@@ -498,33 +593,48 @@ def load_items(bench, data, skip=print):
     bench: name in BENCHES; data: its published file, or a folder that holds it; skip: told of each
     row that cannot be used. Raises DataError if nothing usable is there, or two copies are.
     """
-    its, data, items, seen, ids = BENCHES[bench], Path(data), [], {}, Counter()
-    below = files_below(data)
-    found = ([path for path in below if path.match(pattern)] for pattern in its.files)
-    files = [data] if data.is_file() else next(filter(None, found), [])
+    benchmark = BENCHES[bench]
+    data = Path(data)
+    files = [data] if data.is_file() else published_files(data, benchmark.files)
+    items = []
+    first_seen = {}  # {question: the file that it was in}
+    ids = Counter()
     for path in files:
-        for number, row in enumerate(read_rows(path, its.fields)):
+        for number, row in enumerate(read_rows(path, benchmark.fields)):
             try:
                 item = read_item(bench, row, path.parent)
             except (ValueError, TypeError) as error:  # DataError is a ValueError
                 skip(f"{path.name}, row {number}: {error}")
                 continue
-            if seen.setdefault(item[:4], path) != path or path.parent != files[0].parent:
-                raise geometry.DataError(f"{data} holds two copies of {its.title}, {files[0]} and "
-                                         f"{path}: name one with --data")
-            if item.task in its.prompt:  # not of SPAR-Bench's other half
-                ids[item.id] += 1  # CV-Bench counts in each of its files
-                again = f"#{ids[item.id]}" * (ids[item.id] > 1)
-                items.append(item._replace(id=item.id + again))
+            known = first_seen.setdefault(item[:4], path)
+            if known != path or path.parent != files[0].parent:
+                raise geometry.DataError(f"{data} holds two copies of {benchmark.title}, "
+                                         f"{files[0]} and {path}: name one with --data")
+            if item.task in benchmark.prompt:  # not of SPAR-Bench's other half
+                ids[item.id] += 1
+                if ids[item.id] > 1:  # CV-Bench counts in each of its files
+                    item = item._replace(id=f"{item.id}#{ids[item.id]}")
+                items.append(item)
     if not items:
-        raise geometry.DataError(f"{data}: no usable question of {its.title}; --data takes "
-                                 f"{its.data}")
+        raise geometry.DataError(f"{data}: no usable question of {benchmark.title}; --data takes "
+                                 f"{benchmark.data}")
     return items
+
+
+def published_files(folder, patterns):
+    """The files below a folder that the first pattern finds which finds any, in order."""
+    below = files_below(folder)
+    for pattern in patterns:
+        found = [path for path in below if path.match(pattern)]
+        if found:
+            return found
+    return []
 
 
 def files_below(folder):
     """All files below a folder, in order, behind links too; each real folder once."""
-    files, seen = [], set()
+    files = []
+    seen = set()
     for place, folders, names in os.walk(folder, followlinks=True):
         folders.sort()
         if os.path.realpath(place) in seen:
@@ -538,14 +648,15 @@ def files_below(folder):
 def read_item(bench, row, folder):
     """Item of a row {field: value} of a file in `folder`. Raises DataError for one that cannot be
     used: a field is missing, or no answer can match its gold."""
-    its = BENCHES[bench]
-    if missing := [field for field in its.fields if row.get(field) in (None, "")]:
-        raise geometry.DataError(f"it has no {missing[0]}")
-    name, task, question, gold = (str(row[field]) for field in its.fields)
+    benchmark = BENCHES[bench]
+    for field in benchmark.fields:
+        if row.get(field) in (None, ""):
+            raise geometry.DataError(f"it has no {field}")
+    name, task, question, gold = (str(row[field]) for field in benchmark.fields)
     task = task.strip().replace("-", "–")  # MMSI-Bench's copies have either
-    if bench == "mindcube":
-        task = next((setting for setting in its.prompt if setting in task.lower()), "other")
-    if task not in its.prompt and task not in SPAR_PROMPTS:
+    if bench == "mindcube":  # the first setting that the id names
+        task = next((setting for setting in MINDCUBE_SETTINGS if setting in task.lower()), "other")
+    if task not in benchmark.prompt and task not in SPAR_PROMPTS:
         raise geometry.DataError(f"unknown task {task!r:.60}")
     letter = re.fullmatch(r"\(?([A-Za-z])[).:]*", gold.strip())
     gold = letter[1].upper() if letter else gold.strip()
@@ -557,8 +668,11 @@ def read_item(bench, row, folder):
         cells = [base64.b64decode(part, validate=True) for part in parts]
     if not cells:
         raise geometry.DataError("it has no image")
-    cells = cells if isinstance(cells, list) else [cells]
-    poses = np.array(row["pose"], float).reshape(len(cells), 4, 4) if row.get("pose") else None
+    if not isinstance(cells, list):
+        cells = [cells]
+    poses = None
+    if row.get("pose"):
+        poses = np.array(row["pose"], float).reshape(len(cells), 4, 4)
     return Item(name, task, question, gold, partial(open_images, cells, folder), len(cells), poses)
 
 
@@ -569,8 +683,9 @@ def read_rows(path, fields):
             import pyarrow.parquet
 
             file = pyarrow.parquet.ParquetFile(path)
-            yield from file.read([name for name in file.schema_arrow.names if name in (
-                *fields, "image", "images")]).to_pylist()  # not the depth maps
+            wanted = (*fields, "image", "images")  # not the depth maps
+            columns = [name for name in file.schema_arrow.names if name in wanted]
+            yield from file.read(columns).to_pylist()
         except ImportError:
             raise geometry.DataError(f"{path}: reading it needs `pip install pyarrow`") from None
         except ValueError as error:  # as pyarrow's own are
@@ -600,8 +715,10 @@ def open_images(cells, folder):
         if isinstance(cell, dict):
             cell = cell.get("bytes") or cell.get("path")
         if isinstance(cell, str):
-            places = folder / cell, folder.parent / cell
-            pictures.append(geometry.open_image(places[not places[0].exists()]))
+            path = folder / cell
+            if not path.exists():
+                path = folder.parent / cell
+            pictures.append(geometry.open_image(path))
         else:
             pictures.append(geometry.open_image(io.BytesIO(cell), f"image {k}"))
     return pictures
@@ -614,51 +731,56 @@ def read_text(path):
     return data.decode("utf-16" if utf16 else "utf-8-sig", errors="replace")
 
 
-def answer(items, args, path, say, rank, world, device, dtype):
-    """Answer those of `items` that predictions.jsonl at `path` has not, a line for each."""
-    its, (source, headers) = BENCHES[args.bench], find_model(args.model)
-    done = set(gather(continue_predictions(path, items, args, source, say) if rank == 0 else []))
+def ask_all(items, args, path, say, rank, world, device, dtype):
+    """Ask a model those of `items` that predictions.jsonl at `path` has no line for."""
+    benchmark = BENCHES[args.bench]
+    source, headers = find_model(args.model)
+    done = continue_predictions(path, items, args, source, say) if rank == 0 else []
+    done = set(gather(done))
     todo = [item for item in drawn(items, args.limit) if item.id not in done]
-    say(f"data    {args.data}: {len(items):,} questions of {its.title}, {len(todo):,} to be asked")
+    say(f"data    {args.data}: {len(items):,} questions of {benchmark.title}, {len(todo):,} to be "
+        "asked")
     if not todo:
         return
     share = max(1, min(args.batch, len(todo)) // world)  # of each process
     steps = math.ceil(len(todo) / (share * world))
     weights = sum(numbers for numbers, _ in headers.values())
+    say(f"model   {args.model}: {weights:,} parameters, {dtype} on {device}; mode {args.mode}")
     need = dtype.itemsize * weights + share * (3 * args.max_pixels // 784 + 512) * 2**18 + 3e8
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
-    say(f"model   {args.model}: {weights:,} parameters, {dtype} on {device}; mode {args.mode}\n"
-        f"memory  {need / 2**30:.1f} GiB" + (
-            ", more than is free: a smaller --batch or --max-pixels takes less" * (need > free)))
+    line = f"memory  {need / 2**30:.1f} GiB"
+    if device.type == "cuda" and need > torch.cuda.mem_get_info(device)[0]:
+        line += ", more than is free: a smaller --batch or --max-pixels takes less"
+    say(line)
     model, tokenizer = load_model(source, headers)
     place(model.eval(), dtype, device)
     processor = Qwen2VLImageProcessorPil(
         size={"shortest_edge": 56 * 56, "longest_edge": args.max_pixels})
-    prepared = geometry.read_ahead(partial(ask, todo, args, tokenizer, processor),
-                                   range(rank, steps * share * world, world), args.workers)
-    for _ in geometry.progress(range(steps), steps, "answering") if rank == 0 else range(steps):
-        asked = [one for one in itertools.islice(prepared, share) if one]
-        ready = [one for one in asked if one[2]]
-        if ready:
-            pairs = max(len(rewards.required_pairs(item.views)) for item, *_ in ready)
-            longest = {"action": 96 + 64 * pairs, "language": 256}.get(args.mode, its.longest)
-            texts = generate_greedily(model, tokenizer, [prompt for *_, prompt in ready],
-                                      args.max_new_tokens or longest)
-            for (_, line, _), text in zip(ready, texts):
-                if text is None:
-                    raise geometry.DataError(
-                        f"{line['id']} ({line['task']}): the model's logits are not finite in "
-                        f"--precision {args.precision}; try another one")
-                line["response"] = text
-        lines = gather([line for _, line, _ in asked])
+    prepare = partial(ask, todo, args, tokenizer, processor)
+    own = range(rank, steps * share * world, world)
+    prepared = geometry.read_ahead(prepare, own, args.workers)
+    shown_steps = range(steps)
+    if rank == 0:
+        shown_steps = geometry.progress(shown_steps, steps, "answering")
+    for _ in shown_steps:
+        questions = [one for one in itertools.islice(prepared, share) if one]
+        write_answers(model, tokenizer, [one for one in questions if one.prompt], args)
+        lines = gather([question.line for question in questions])
         if rank == 0:
             with open(path, "a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
+class Question(NamedTuple):
+    """An Item to be asked, its line for predictions.jsonl, and (ids, images) for the model; None
+    where it cannot be asked: the line says why."""
+
+    item: Item
+    line: dict
+    prompt: tuple | None
+
+
 def ask(items, args, tokenizer, processor, k):
-    """items[k], its line for predictions.jsonl, (ids, images) for the model; None behind the last.
-    For what cannot be asked the line says why, and there are no ids."""
+    """The Question of items[k]; None behind the last."""
     if k >= len(items):
         return None
     item = items[k]
@@ -668,9 +790,30 @@ def ask(items, args, tokenizer, processor, k):
         if args.blind:
             pictures = [Image.new("RGB", picture.size, "grey") for picture in pictures]
         text = prompt_of(item, args.bench, args.mode)
-        return item, line, encode_prompt(tokenizer, processor, pictures, text, item.id)
+        prompt = encode_prompt(tokenizer, processor, pictures, text, item.id)
+        return Question(item, line, prompt)
     except (OSError, ValueError, TypeError) as error:  # DataError is a ValueError
-        return item, line | {"skipped": str(error)}, None
+        return Question(item, line | {"skipped": str(error)}, None)
+
+
+def write_answers(model, tokenizer, questions, args):
+    """Put the model's response into the line of each Question. DataError where it has none."""
+    if not questions:
+        return
+    longest = BENCHES[args.bench].longest
+    if args.mode == "action":
+        pairs = max(len(rewards.required_pairs(question.item.views)) for question in questions)
+        longest = 96 + 64 * pairs
+    elif args.mode == "language":
+        longest = 256
+    prompts = [question.prompt for question in questions]
+    texts = generate_greedily(model, tokenizer, prompts, args.max_new_tokens or longest)
+    for question, text in zip(questions, texts):
+        if text is None:
+            raise geometry.DataError(
+                f"{question.item.id} ({question.item.task}): the model's logits are not finite in "
+                f"--precision {args.precision}; try another one")
+        question.line["response"] = text
 
 
 def continue_predictions(path, items, args, source, say):
@@ -703,7 +846,8 @@ def checksum(items):
 def read_predictions(path, skip):
     """(arguments as the first line has them, {id: line}) of a predictions.jsonl; of the lines with
     an id, the last counts. skip: told of the others."""
-    head, lines = {}, {}
+    head = {}
+    lines = {}
     for number, line in enumerate(read_rows(Path(path), ()), 1):
         if type(line.get("id")) in (int, str):
             lines[str(line["id"])] = line
@@ -720,16 +864,20 @@ def read_run(path, args, skip, known):
 
     known: {(bench, data): items} that have been read. Raises DataError if nothing can be scored.
     """
-    (said, lines), records = read_predictions(path, skip), []
-    bench, data = args.bench or said.get("bench"), args.data or said.get("data")
+    said, lines = read_predictions(path, skip)
+    bench = args.bench or said.get("bench")
+    data = args.data or said.get("data")
     if bench not in tuple(BENCHES) or not isinstance(data, str):
         raise geometry.DataError(f"{path}: does not say which benchmark's: add --bench and --data")
-    items = known[bench, data] = known.get((bench, data)) or load_items(bench, data, skip)
+    if (bench, data) not in known:
+        known[bench, data] = load_items(bench, data, skip)
+    items = known[bench, data]
     if said.get("questions", checksum(items)) != checksum(items):
         raise geometry.DataError(f"{path}: was asked other questions than {data} holds now: name "
                                  "the right ones with --data")
     for name in lines.keys() - {item.id for item in items}:
         skip(f"{path}: the benchmark has no question {name!r:.60}")
+    records = []
     for item in drawn(items, args.limit or said.get("limit")):
         line = lines.get(item.id, {})
         text = line.get("response")
@@ -741,14 +889,20 @@ def read_run(path, args, skip, known):
         raise geometry.DataError(f"{path}: holds no response to a question of {data}")
     mode = str(args.mode or said.get("mode") or "")
     name = str(args.model or said.get("model") or Path(path).with_suffix(""))
-    how = [name, mode, "blind" * (said.get("blind") is True)]
-    return bench, ", ".join(filter(None, how)), mode, records
+    how = [name]
+    if mode:
+        how.append(mode)
+    if said.get("blind") is True:
+        how.append("blind")
+    return bench, ", ".join(how), mode, records
 
 
 def drawn(items, limit):
     """`limit` of the questions, at random, in their order; without one, all."""
-    kept = np.random.default_rng(0).permutation(len(items))
-    return [items[k] for k in sorted(kept[:limit if type(limit) is int else None])]
+    if type(limit) is not int:
+        return items
+    kept = np.random.default_rng(0).permutation(len(items))[:limit]
+    return [items[k] for k in sorted(kept)]
 
 
 # -------------------------------------------------------------- looking: curves, a page of it all
@@ -761,26 +915,37 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#0
 
 def read_curve(path):
     """(stage, seed, {field: [(step, value)]}) of a log.jsonl."""
-    fields, seed = {}, None
+    fields = {}
+    seed = None
     for record in read_rows(Path(path), ()):
-        if isinstance(record.get("args"), dict):  # its head
+        if isinstance(record.get("args"), dict):  # the log's head
             seed = record["args"].get("seed")
-        for name, value in record.items() if "step" in record else ():
+        if "step" not in record:
+            continue
+        for name, value in record.items():
             if type(value) in (int, float) and math.isfinite(value):
                 fields.setdefault(name, []).append((record["step"], value))
-    stage = "grpo" if "kl" in fields else "pasta" if "excess" in fields else "sft"
-    return stage, seed, fields
+    if "kl" in fields:
+        return "grpo", seed, fields
+    if "excess" in fields:
+        return "pasta", seed, fields
+    return "sft", seed, fields
 
 
 def draw_curves(logs):
     """An SVG with a panel for each quantity in the logs, all runs in one; "" if there is none."""
-    curves, panels = [read_curve(log) for log in logs], []
+    curves = [read_curve(log) for log in logs]
     names = run_names(logs, [seed for _, seed, _ in curves])
-    for stage, field in ((stage, field) for stage, its in PANELS.items() for field in its):
-        lines = [(name, *np.array(fields[field]).T) for name, (its, _, fields) in zip(names, curves)
-                 if its == stage and len(fields.get(field, ())) > 1]
-        if lines:
-            panels.append(panel(f"{stage}: {field}", lines))
+    panels = []
+    for stage, wanted in PANELS.items():
+        for field in wanted:
+            lines = []
+            for name, (of_stage, _, fields) in zip(names, curves):
+                if of_stage == stage and len(fields.get(field, ())) > 1:
+                    steps, values = np.array(fields[field]).T
+                    lines.append((name, steps, values))
+            if lines:
+                panels.append(panel(f"{stage}: {field}", lines))
     return svg_of(panels)
 
 
@@ -804,47 +969,62 @@ def svg_of(panels):
     """An SVG of panels, two in a row; "" if there is none."""
     if not panels:
         return ""
-    placed = [f'<g transform="translate({k % 2 * 640} {k // 2 * 360})">{its}</g>'
-              for k, its in enumerate(panels)]
+    placed = [f'<g transform="translate({k % 2 * 640} {k // 2 * 360})">{one}</g>'
+              for k, one in enumerate(panels)]
+    height = (len(panels) + 1) // 2 * 360
     return ('<svg xmlns="http://www.w3.org/2000/svg" style="background:#fff" font-size="14" '
-            f'font-family="sans-serif" viewBox="0 0 1280 {(len(panels) + 1) // 2 * 360}">'
-            f'{"".join(placed)}</svg>')
+            f'font-family="sans-serif" viewBox="0 0 1280 {height}">{"".join(placed)}</svg>')
 
 
 def panel(title, lines, axis="step"):
     """SVG of curves [(name, steps, values)], a colour a name. One of a name: thin as it is, thick
     its running mean. Several: thin their running means, thick the mean of these where all are."""
-    left, right, top, bottom, drawn, means = 72, 620, 36, 300, {}, []
+    by_name = {}
     for name, steps, values in lines:
-        half = len(values) // 40  # a mean runs over a twentieth of its curve
-        padded = np.pad(values, half, "edge")
-        mean = np.convolve(padded, np.ones(2 * half + 1) / (2 * half + 1), "valid")
-        drawn.setdefault(name, []).append((steps, values, mean))
-        means.append(mean)
-    low, high = min(map(np.min, means)), max(map(np.max, means))
-    y = low, max(high, low + 0.01 * abs(low) + 1e-6)
-    x = min(steps[0] for _, steps, _ in lines), max(steps[-1] for _, steps, _ in lines)
-    parts = f'<text x="{left}" y="20">{title}</text>'
-    for tick, at in zip(np.linspace(*y, 5), np.linspace(bottom, top, 5)):
-        parts += (f'<path d="M{left} {at:.0f}H{right}" stroke="#ddd"/><text x="{left - 8}" '
+        by_name.setdefault(name, []).append((steps, values, running_mean(values)))
+    means = [running_mean(values) for _, _, values in lines]
+    low = min(map(np.min, means))
+    high = max(max(map(np.max, means)), low + 0.01 * abs(low) + 1e-6)
+    first = min(steps[0] for _, steps, _ in lines)
+    last = max(steps[-1] for _, steps, _ in lines)
+    frame = ((first, last), (low, high))
+    parts = f'<text x="{LEFT}" y="20">{title}</text>'
+    for tick, at in zip(np.linspace(low, high, 5), np.linspace(BOTTOM, TOP, 5)):
+        parts += (f'<path d="M{LEFT} {at:.0f}H{RIGHT}" stroke="#ddd"/><text x="{LEFT - 8}" '
                   f'y="{at + 5:.0f}" text-anchor="end">{tick:.3g}</text>')
-    legend = f"{axis} {x[0]:g} to {x[1]:g}"
-    for k, (name, curves) in enumerate(drawn.items()):
+    legend = f"{axis} {first:g} to {last:g}"
+    for k, (name, curves) in enumerate(by_name.items()):
         colour = COLOURS[k % len(COLOURS)]
         if len(curves) == 1:
-            (steps, values, mean), = curves
-            looks = [(steps, values, 'opacity=".3"'), (steps, mean, 'stroke-width="2.5"')]
+            ((steps, values, mean),) = curves
+            parts += polyline(steps, values, frame, colour, 'opacity=".3"')
+            parts += polyline(steps, mean, frame, colour, 'stroke-width="2.5"')
         else:
-            looks = [(steps, mean, 'opacity=".5"') for steps, _, mean in curves]
+            for steps, _, mean in curves:
+                parts += polyline(steps, mean, frame, colour, 'opacity=".5"')
             common = reduce(np.intersect1d, [steps for steps, *_ in curves])
             of_all = [np.interp(common, steps, mean) for steps, _, mean in curves]
-            looks.append((common, np.mean(of_all, axis=0), 'stroke-width="2.5"'))
-        for steps, values, look in looks:
-            points = " ".join(f"{u:.1f},{v:.1f}" for u, v in zip(
-                np.interp(steps, x, (left, right)), np.interp(values, y, (bottom, top))))
-            parts += f'<polyline points="{points}" fill="none" stroke="{colour}" {look}/>'
+            parts += polyline(common, np.mean(of_all, axis=0), frame, colour, 'stroke-width="2.5"')
         legend += f' <tspan fill="{colour}" font-weight="bold">{shown(name)}</tspan>'
-    return f'{parts}<text x="{left}" y="330">{legend}</text>'
+    return f'{parts}<text x="{LEFT}" y="330">{legend}</text>'
+
+
+LEFT, RIGHT, TOP, BOTTOM = 72, 620, 36, 300  # of a panel's curves, in its 640 x 360 units
+
+
+def running_mean(values):
+    """Each value's mean with those around it, a twentieth of the curve."""
+    half = len(values) // 40
+    padded = np.pad(values, half, "edge")
+    return np.convolve(padded, np.ones(2 * half + 1) / (2 * half + 1), "valid")
+
+
+def polyline(steps, values, frame, colour, look):
+    """SVG of one curve; frame: ((first, last step), (lowest, highest value)) of its panel."""
+    x = np.interp(steps, frame[0], (LEFT, RIGHT))
+    y = np.interp(values, frame[1], (BOTTOM, TOP))
+    points = " ".join(f"{u:.1f},{v:.1f}" for u, v in zip(x, y))
+    return f'<polyline points="{points}" fill="none" stroke="{colour}" {look}/>'
 
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
@@ -864,7 +1044,8 @@ GOLD, WRITTEN = "#1a7f37", "#d55e00"
 
 def write_page(path, runs, curves, show):
     """One self-contained page: tables, `show` questions, curves."""
-    text, questions = tables(runs), draw_questions(runs, show)
+    text = tables(runs)
+    questions = draw_questions(runs, show)
     total = sum(len(run.records) for run in runs)
     parts = [PAGE, f'<pre class="tables">{shown(text, len(text))}</pre>',
              f"<p>{len(questions):,} of {total:,} questions, drawn evenly over tasks, right and "
@@ -878,19 +1059,22 @@ def write_page(path, runs, curves, show):
 def draw_questions(runs, show):
     """`show` questions of the runs as [(run's name, record)], at random, but each time one of those
     whose traits have been drawn least: task, right or wrong, a camera that only turns or walks."""
-    rng, alike, seen, questions = np.random.default_rng(0), {}, Counter(), []
+    rng = np.random.default_rng(0)
+    alike = {}  # {traits: [(run's name, record)]}
     for run in runs:
         for k in rng.permutation(len(run.records)):
             record = run.records[k]
             traits = (("task", run.bench, run.name, record["item"].task),
                       ("right", record["score"] >= 0.5), ("walks", record.get("walks")))
             alike.setdefault(traits, []).append((run.name, record))
+    times = Counter()  # that each trait has been drawn
+    questions = []
     while alike and len(questions) < show:
-        traits = min(alike, key=lambda traits: sum(seen[trait] for trait in traits))
-        questions.append(alike[traits].pop())
-        if not alike[traits]:
-            del alike[traits]
-        seen.update(traits)
+        rarest = min(alike, key=lambda traits: sum(times[trait] for trait in traits))
+        questions.append(alike[rarest].pop())
+        if not alike[rarest]:
+            del alike[rarest]
+        times.update(rarest)
     return questions
 
 
@@ -902,21 +1086,24 @@ def shown(text, longest=2000):
 
 def article(name, record):
     """A question of the page: its pictures, texts, scores and camera paths."""
-    item, response, figures = record["item"], record["response"] or "", []
+    item = record["item"]
+    response = record["response"] or ""
+    figures = []
     try:
         pictures = item.images()
     except (OSError, ValueError, TypeError):  # named when it was to be asked
         pictures = []
     for k, picture in enumerate(pictures):
         picture.thumbnail((400, 400))
-        picture.save(buffer := io.BytesIO(), "JPEG", quality=80)
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=80)
         data = base64.b64encode(buffer.getvalue()).decode()
         figures.append(f'<figure><img alt="" src="data:image/jpeg;base64,{data}">'
                        f"<figcaption>view {k}</figcaption></figure>")
     if "R_act" in record:
         written = rewards.parse_response(response).actions or {}
-        figures += [from_above(pair, plan, written.get(pair))
-                    for pair, plan in rewards.gold_plans(item.poses).items()]
+        for pair, plan in rewards.gold_plans(item.poses).items():
+            figures.append(from_above(pair, plan, written.get(pair)))
     scores = ", ".join(f"{part} {record[part]:.2f}" for part in ("score", "R_act", "R_fmt")
                        if part in record)
     return (f'<article><b>{shown(item.task)}, {scores}</b> {shown(f"{item.id}, {name}")}'
@@ -927,26 +1114,38 @@ def article(name, record):
 
 def from_above(pair, gold, written):
     """An SVG of the camera's way from view i to view j by two plans; `written` may be None."""
-    ways, said = [], "no plan"
-    for colour, plan in ((GOLD, gold), (WRITTEN, written or [])):
-        with np.errstate(all="ignore"):
-            poses = [geometry.pose_from_actions(plan[:k]) for k in range(min(len(plan), 99) + 1)]
-        xy = np.nan_to_num([(pose[0, 3], -pose[2, 3]) for pose in poses])  # right, ahead
-        ways.append((colour, xy, math.degrees(math.atan2(poses[-1][0, 2], poses[-1][2, 2]))))
+    gold_xy, gold_gaze = way_of(gold)
+    reach = 1.8 * max(0.5, np.abs(gold_xy).max())  # what goes farther leaves the picture
+    shapes = '<circle r=".05"/>' + draw_way(gold_xy / reach, gold_gaze, GOLD)
+    said = "no plan"
     if written is not None:
-        d_t, d_r = geometry.pose_error(poses[-1], geometry.pose_from_actions(gold))
+        xy, gaze = way_of(written)
+        shapes += draw_way(xy / reach, gaze, WRITTEN)
+        with np.errstate(all="ignore"):
+            pose = geometry.pose_from_actions(written[:99])
+        d_t, d_r = geometry.pose_error(pose, geometry.pose_from_actions(gold))
         said = f"off by {d_t:.2g} m and {d_r:.0f}°"
-    reach = 1.8 * max(0.5, np.abs(ways[0][1]).max())  # what goes farther leaves the picture
-    shapes = '<circle r=".05"/>'
-    for colour, xy, gaze in ways[:1 + (written is not None)]:
-        xy = np.clip(xy / reach, -9, 9)
-        line = " ".join(f"{x:.3f},{y:.3f}" for x, y in xy)
-        shapes += (
-            f'<g fill="none" stroke="{colour}" stroke-width=".04"><polyline points="{line}"/>'
-            f'<path d="M0 0V-.45M-.09 -.32L0 -.45L.09 -.32" '
-            f'transform="translate({xy[-1][0]:.3f} {xy[-1][1]:.3f}) rotate({gaze:.0f})"/></g>')
     return (f'<figure><svg viewBox="-1 -1 2 2">{shapes}</svg>'
             f"<figcaption>view {pair[0]} to {pair[1]}, {said}</figcaption></figure>")
+
+
+def way_of(plan):
+    """Where a plan's camera stands after each action (at most 99), to the right and behind, in
+    metres, and in which direction it looks at last, in degrees to the right."""
+    with np.errstate(all="ignore"):
+        poses = [geometry.pose_from_actions(plan[:k]) for k in range(min(len(plan), 99) + 1)]
+    xy = np.nan_to_num([(pose[0, 3], -pose[2, 3]) for pose in poses])
+    return xy, math.degrees(math.atan2(poses[-1][0, 2], poses[-1][2, 2]))
+
+
+def draw_way(xy, gaze, colour):
+    """SVG of a way through xy (steps, 2), in units of the picture, and an arrow for its gaze."""
+    xy = np.clip(xy, -9, 9)
+    line = " ".join(f"{x:.3f},{y:.3f}" for x, y in xy)
+    x, y = xy[-1]
+    return (f'<g fill="none" stroke="{colour}" stroke-width=".04"><polyline points="{line}"/>'
+            f'<path d="M0 0V-.45M-.09 -.32L0 -.45L.09 -.32" '
+            f'transform="translate({x:.3f} {y:.3f}) rotate({gaze:.0f})"/></g>')
 
 
 # ------------------------------------------------------------------------------------- plumbing
@@ -1179,11 +1378,13 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world, device, dtype = start_processes(args.precision)
     say = partial(print, flush=True) if rank == 0 else lambda *_: None
-    out, skipped, known = Path(args.out), Skipped(), {}
+    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    if args.answer:
+    skipped = Skipped()
+    known = {}  # {(benchmark, data): items}
+    if args.needs_model:
         items = load_items(args.bench, args.data, skipped if rank == 0 else lambda _: None)
-        answer(items, args, out / "predictions.jsonl", say, rank, world, device, dtype)
+        ask_all(items, args, out / "predictions.jsonl", say, rank, world, device, dtype)
         known[args.bench, args.data] = items
     if world > 1:
         dist.destroy_process_group()
@@ -1193,19 +1394,22 @@ def main(argv=None):
     curves = draw_curves(logs)
     if args.curves and not curves:
         raise geometry.DataError(f"{', '.join(logs)}: no log with two steps or more")
-    if not args.score and not args.answer:
+    if not args.score and not args.needs_model:
         (out / "curves.svg").write_text(curves, encoding="utf-8")
-        return say(f"wrote   {out / 'curves.svg'}")
-    runs = [score_run(*read_run(file, args, skipped, known), args.convention)
-            for file in args.score or [out / "predictions.jsonl"]]
-    (out / "results.json").write_text(json.dumps({
-        "args": vars(args), "skipped": skipped, "runs": [
-            {"bench": run.bench, "name": run.name, "rows": run.rows, "constants": run.constants}
-            for run in runs]}, indent=1) + "\n")
+        say(f"wrote   {out / 'curves.svg'}")
+        return
+    files = args.score or [out / "predictions.jsonl"]
+    runs = [score_run(*read_run(file, args, skipped, known), args.convention) for file in files]
+    results = [{"bench": run.bench, "name": run.name, "rows": run.rows,
+                "constants": run.constants} for run in runs]
+    (out / "results.json").write_text(json.dumps(
+        {"args": vars(args), "skipped": skipped, "runs": results}, indent=1) + "\n")
     write_page(out / "report.html", runs, curves, args.show)
     print("", tables(runs), sep="\n", flush=True)  # after the files are there
-    say(f"wrote   {out}: {'' if args.score else 'predictions.jsonl, '}results.json, report.html; "
-        f"{len(skipped):,} rows or pictures could not be used")
+    wrote = "results.json, report.html"
+    if args.needs_model:
+        wrote = f"predictions.jsonl, {wrote}"
+    say(f"wrote   {out}: {wrote}; {len(skipped):,} rows or pictures could not be used")
 
 
 if __name__ == "__main__":
