@@ -915,7 +915,7 @@ def main(argv=None):
     if rank == 0:
         open_log(out / "log.jsonl", args, start)
         form = "answer" if args.target == "answer" else "actions"
-        samples = list(islice(walk.heldout(), args.heldout))
+        samples = list(islice(walk.heldout_samples(), args.heldout))
         heldout = walk.prepared(partial(prepare, form=form), samples, args.workers)
         blind = constants(heldout)
         if not state:

@@ -90,7 +90,8 @@ def project(points_world, K, cam2world):
 
     Not clipped: a point behind the camera has z <= 0 and a uv that means nothing.
     """
-    R, c = cam2world[:3, :3], cam2world[:3, 3:]
+    R = cam2world[:3, :3]
+    c = cam2world[:3, 3:]
     points_world = np.moveaxis(np.asarray(points_world), -1, 0)  # (3, ...)
     x, y, z = (R.T @ (points_world.reshape(3, -1) - c)).reshape(points_world.shape)  # camera frame
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -120,25 +121,31 @@ def directional_overlap(x, y, n, t=0.05, t_rel=0.05, stride=4):
     K[:2, 2] -= first
     K[:2] /= stride
 
-    cell_u = (2 * np.arange(first, W, stride) + 1) * n // (2 * W)  # floor((u + 1/2) / W * n)
-    cell_v = (2 * np.arange(first, H, stride) + 1) * n // (2 * H)
-    i = cell_v[:, None] * n + cell_u[None, :]  # patch of every sampled pixel
+    column_x = (2 * np.arange(first, W, stride) + 1) * n // (2 * W)  # floor((u + 1/2) / W * n)
+    row_x = (2 * np.arange(first, H, stride) + 1) * n // (2 * H)
+    i = row_x[:, None] * n + column_x[None, :]  # patch of every sampled pixel
 
     points_world, valid = unproject(x.depth[first::stride, first::stride], K, x.cam2world)
     uv, z = project(points_world, y.K, y.cam2world)
-    u, v = uv[..., 0], uv[..., 1]
+    u = uv[..., 0]
+    v = uv[..., 1]
 
     H_y, W_y = y.depth.shape
     inside = valid & (z > 0) & (u > -0.5) & (u < W_y - 0.5) & (v > -0.5) & (v < H_y - 0.5)
-    u, v, z, i_inside = u[inside], v[inside], z[inside], i[inside]
+    u = u[inside]
+    v = v[inside]
+    z = z[inside]
+    i_inside = i[inside]
     depth_y = y.depth[np.rint(v).astype(np.intp), np.rint(u).astype(np.intp)]  # nearest pixel
     seen = np.isfinite(depth_y) & (depth_y > 0)
     consistent = seen & (np.abs(z - depth_y) < np.maximum(t, t_rel * z))  # the same surface
-    cell_u, cell_v = ((c + 0.5) * (n / size) for c, size in ((u, W_y), (v, H_y)))
-    j = np.minimum(cell_v.astype(np.intp), n - 1) * n + np.minimum(cell_u.astype(np.intp), n - 1)
+    column_y = np.minimum(((u + 0.5) * (n / W_y)).astype(np.intp), n - 1)
+    row_y = np.minimum(((v + 0.5) * (n / H_y)).astype(np.intp), n - 1)
+    j = row_y * n + column_y  # patch of y that each point lands in
 
     M = np.bincount(i_inside[consistent] * P + j[consistent], minlength=P * P).reshape(P, P)
-    pixels, with_depth = np.bincount(i.ravel(), minlength=P), np.bincount(i[valid], minlength=P)
+    pixels = np.bincount(i.ravel(), minlength=P)
+    with_depth = np.bincount(i[valid], minlength=P)
     M = M / np.maximum(with_depth, 1)[:, None]
     M[with_depth < 0.25 * pixels] = 0.0  # not in the paper: too little depth to trust
     return M
@@ -171,14 +178,16 @@ def actions_from_pose(pose):
     aim, so rounding does not add up. Roll about the gaze has no action: see residual_roll. (B.3)
     """
     x, y, z = pose[:3, 3]
-    distance, level = math.hypot(x, y, z), math.hypot(x, z)
+    distance = math.hypot(x, y, z)
+    level = math.hypot(x, z)
     right = up = forward = rise = 0.0
     if distance >= AIM_MIN:
         steep = math.atan2(abs(y), level) > STEEP
         if not steep or level >= AIM_MIN:
             right = round(math.degrees(math.atan2(x, z)))
         if steep:
-            forward, rise = (level if level >= AIM_MIN else 0.0), -y
+            forward = level if level >= AIM_MIN else 0.0
+            rise = -y
         else:
             up = round(math.degrees(math.atan2(-y, level)))
             forward = distance
@@ -234,7 +243,8 @@ def pose_from_actions(actions):
         elif what == "move up":
             place = place - amount * y  # y points down
         else:
-            c, s = math.cos(math.radians(amount)), math.sin(math.radians(amount))
+            c = math.cos(math.radians(amount))
+            s = math.sin(math.radians(amount))
             if what == "turn right":
                 x, z = c * x - s * z, s * x + c * z
             else:
@@ -305,14 +315,17 @@ class Sample:
 
     def view(self, k):
         """View k as it was taken, without markers."""
-        image_path, depth_path = self.images[k], self.depths[k]
-        image, raw = np.asarray(open_image(image_path)), np.asarray(_load_image(depth_path))
+        image_path = self.images[k]
+        depth_path = self.depths[k]
+        image = np.asarray(open_image(image_path))
+        raw = np.asarray(_load_image(depth_path))
         if raw.ndim != 2 or raw.dtype.kind not in "iu" or raw.dtype == np.uint8:
             raise DataError(f"{depth_path}: a depth map is a 16-bit one-channel png in "
                             f"millimetres, this one is {raw.dtype} {raw.shape}")
         if not (raw > 0).any():
             raise DataError(f"{depth_path}: no pixel has depth")
-        (H, W), (H_i, W_i) = raw.shape, image.shape[:2]
+        H, W = raw.shape
+        H_i, W_i = image.shape[:2]
         if abs(W / H * H_i / W_i - 1) > 0.03:
             raise DataError(f"{depth_path}: {W}x{H} pixels and the image's {W_i}x{H_i} "
                             "differ in shape")
@@ -512,25 +525,35 @@ def _read_matrix(path, rows):
 
 
 def _fit_intrinsics(K, size, image_size, path):
-    """Intrinsics (3, 3) for a depth map of `size` (W, H), whichever grid the file speaks of.
+    """Intrinsics (3, 3) for a depth map of `size` (W, H), whichever grid of pixels the file speaks
+    of: ScanNet++ states the colour camera's for its small depth maps.
 
-    ScanNet++ states the colour camera's for its small depth maps. Where depth and picture have one
-    size, K is theirs if its principal point lies in the middle 80 % of it. Else K's grid is the one
-    whose centre is near the principal point: the depth's, the picture's, or a larger one of their
-    shape, whose size is 2 c + 1 then. Raises DataError if none of these can be.
+    A principal point lies near the middle of its grid, so a grid's size is about 2 c + 1. The grid
+    is the depth map's if that fits within 20 %, or else the picture's if that does. Where both have
+    one size, there is nothing to tell apart, and 80 % will do. Or else it is a larger picture's, of
+    the depth map's shape: 2 c + 1 itself. DataError if it can be none of these.
     """
-    size, image_size, centre = np.array(size), np.array(image_size), 2 * K[:2, 2] + 1
-    near = 0.8 if (size == image_size).all() else 0.2
-    grids = [grid for grid, share in ((size, near), (image_size, 0.2))
-             if np.all(np.abs(centre / grid - 1) < share)]
-    if not grids and np.all(centre > np.maximum(size, image_size)) and (
-            abs(centre[0] / centre[1] * size[1] / size[0] - 1) < 0.2):
-        grids = [centre]
-    if not grids or min(K[0, 0], K[1, 1]) <= 0 or tuple(K[2, :3]) != (0, 0, 1):
+    size = np.array(size)
+    image_size = np.array(image_size)
+    about = 2 * K[:2, 2] + 1  # the size of a grid with this principal point in its middle
+    off_depth = np.abs(about / size - 1).max()
+    off_image = np.abs(about / image_size - 1).max()
+    of_one_size = (size == image_size).all()
+    larger = np.all(about > np.maximum(size, image_size))
+    same_shape = abs(about[0] / about[1] * size[1] / size[0] - 1) < 0.2
+    grid = None
+    if off_depth < (0.8 if of_one_size else 0.2):
+        grid = size
+    elif off_image < 0.2:
+        grid = image_size
+    elif larger and same_shape:
+        grid = about
+    if grid is None or min(K[0, 0], K[1, 1]) <= 0 or tuple(K[2, :3]) != (0, 0, 1):
         raise DataError(f"{path}: fx {K[0, 0]:g}, fy {K[1, 1]:g}, cx {K[0, 2]:g}, cy {K[1, 2]:g}, "
                         f"last row {K[2, :3]}: not intrinsics of a depth map of {size[0]}x{size[1]}"
                         f" or a picture of {image_size[0]}x{image_size[1]} pixels")
-    scale, K = size / grids[0], K[:3, :3].copy()
+    scale = size / grid
+    K = K[:3, :3].copy()
     K[:2, 2] = (K[:2, 2] + 0.5) * scale - 0.5
     K[[0, 1], [0, 1]] *= scale
     return K
@@ -545,7 +568,9 @@ def _draw_marker(picture, mark, rgb):
     if len(mark) == 2:
         draw.ellipse([xy[0] - unit, xy[1] - unit, xy[0] + unit, xy[1] + unit], fill=rgb)
     else:
-        grow, (x1, x2), (y1, y2) = unit * 7 / 8, sorted(xy[::2]), sorted(xy[1::2])
+        grow = unit * 7 / 8
+        x1, x2 = sorted(xy[::2])
+        y1, y2 = sorted(xy[1::2])
         draw.rectangle([x1 - grow, y1 - grow, x2 + grow, y2 + grow], outline=rgb,
                        width=max(1, round(unit)))
 
@@ -553,7 +578,7 @@ def _draw_marker(picture, mark, rgb):
 # ---------------------------------------------------------------- walking through a data set
 
 
-def held_out(images):
+def is_held_out(images):
     """Whether frames, paths, are kept from training where the data has no val split.
 
     One frame in ten is, by a hash of its name, and with it each pair and sample that it stands in.
@@ -564,24 +589,34 @@ def held_out(images):
 class Walk:
     """The way through a data set: what is drawn and in which order, what is held out.
 
-    samples: all of the train split; drawn: indices of those to train on; own_val: whether there is
-    a val split. Where there is none, drawn leaves out what is held_out. The order is a function of
+    samples: all of the train split; drawn: indices of those to train on; has_val: whether there is
+    a val split. Where there is none, drawn leaves out what is_held_out. The order is a function of
     seed and position alone, so a resumed run goes on where it stopped. What cannot be used is left
     out, and kept, in order, in `skipped`; the first twenty are named.
     """
 
     def __init__(self, root, count, seed, tasks=MULTI_VIEW_TASKS):
-        self.samples, self.seed, self.skipped = load_samples(root, "train", tasks), seed, {}
+        self.samples = load_samples(root, "train", tasks)
+        self.seed = seed
+        self.skipped = {}  # {why: name}
         try:
-            self.val, self.own_val = load_samples(root, "val", tasks), True
+            self.val = load_samples(root, "val", tasks)
+            self.has_val = True
         except DataError:
-            self.val, self.own_val = self.samples, False
+            self.val = self.samples
+            self.has_val = False
         shuffled = np.random.default_rng([seed, 0]).permutation(len(self.samples)).tolist()
-        self.drawn = list(islice((k for k in shuffled if self.own_val or self.attempt(
-            lambda sample: not held_out(sample.images), self.samples, k)[1]), count))
-        if not self.drawn or next(self.heldout(), None) is None:
+        self.drawn = list(islice(filter(self.may_train, shuffled), count))
+        if not self.drawn or next(self.heldout_samples(), None) is None:
             raise DataError(f"{root}: too few samples to train on some and hold out others; add "
                             f"samples, or a val folder beside train{self.first_problem()}")
+
+    def may_train(self, k):
+        """Whether sample k may be trained on: where there is a val split, each."""
+        if self.has_val:
+            return True
+        _, may = self.attempt(lambda sample: not is_held_out(sample.images), self.samples, k)
+        return may
 
     def attempt(self, prepare, samples, k):
         """(name, prepare(samples[k])), with None in its place if that raises DataError."""
@@ -612,22 +647,26 @@ class Walk:
         a time from step `start` on, read ahead; every world-th sample of a batch is its own."""
         positions = (step * batch + k for step in range(start, steps)
                      for k in range(rank, batch, world))
-        ready = read_ahead(lambda position: self.attempt(prepare, self.samples, self.at(position)),
-                           positions, workers)
+
+        def prepare_at(position):
+            return self.attempt(prepare, self.samples, self.at(position))
+
+        ready = read_ahead(prepare_at, positions, workers)
         for _ in range(start, steps):
             yield [next(ready) for _ in range(rank, batch, world)]
 
-    def heldout(self):
+    def heldout_samples(self):
         """Yield the samples to evaluate on, in random order."""
         for k in np.random.default_rng(0).permutation(len(self.val)):
-            sample = self.attempt(lambda sample: sample, self.val, int(k))[1]
-            if sample and (self.own_val or held_out(sample.images)):
+            _, sample = self.attempt(lambda sample: sample, self.val, int(k))
+            if sample and (self.has_val or is_held_out(sample.images)):
                 yield sample
 
     def prepared(self, prepare, samples, workers):
         """[prepare(sample)] of those of `samples` that can be used, read ahead."""
         ready = read_ahead(partial(self.attempt, prepare, samples), range(len(samples)), workers)
-        if not (found := [its for _, its in ready if its is not None]):
+        found = [prepared for _, prepared in ready if prepared is not None]
+        if not found:
             raise DataError(
                 f"none of {len(samples)} held-out samples can be used{self.first_problem()}")
         return found
@@ -651,20 +690,25 @@ EMPTY_SHARE = 0.25  # of pairs that stand apart may lack overlap: SPAR asks what
 def describe_pairs(pairs):
     """What posed views look like, in a line to print, and what is odd about them, or None.
 
-    pairs: [(View x, View y, S), ...]. Wrong units, directions or axes leave few pairs with overlap;
-    only pairs whose cameras stand apart tell, since a turn on the spot hides most mistakes.
+    pairs: [(View x, View y, S), ...]. Wrong units, directions or axes leave few pairs with overlap.
+    Pairs whose cameras stand at one place are left out: a turn on the spot hides most mistakes.
     """
-    depth = float(np.median([np.median(v.depth[v.depth > 0]) for x, y, _ in pairs for v in (x, y)]))
-    apart = [S.max() for x, y, S in pairs
-             if math.dist(x.cam2world[:3, 3], y.cam2world[:3, 3]) > AIM_MIN]
+    depths = []
+    apart = []  # the largest overlap of each pair that stands apart
+    for x, y, S in pairs:
+        depths += [np.median(view.depth[view.depth > 0]) for view in (x, y)]
+        if math.dist(x.cam2world[:3, 3], y.cam2world[:3, 3]) > AIM_MIN:
+            apart.append(S.max())
+    depth = float(np.median(depths))
     empty = sum(most == 0 for most in apart)
     line = (f"median depth {depth:.2f} m; of {len(pairs)} pairs of views {len(apart)} stand apart, "
             f"{empty} of these without overlap")
-    odd = not 0.2 <= depth <= 50 or empty > EMPTY_SHARE * len(apart)
+    if 0.2 <= depth <= 50 and empty <= EMPTY_SHARE * len(apart):
+        return line, None
     return line, (
         "this looks wrong: is depth in millimetres (16 bit), are poses camera-to-world in metres "
         "with OpenCV axes (x right, y down, z forward), and intrinsics those of the depth map or "
-        "the picture?" if odd else None)
+        "the picture?")
 
 
 # ------------------------------------------------------- rendered rooms: the inverse of unproject
@@ -694,22 +738,38 @@ class Room:
 def make_room(rng):
     """A random room of 4-7 m: two pictures on each wall, up to nine blocks, some hanging."""
     size = rng.uniform((4, 4, 2.5), (7, 7, 3.1))
-    poses, colours = place_cameras(size, rng), rng.permutation(list(ROOM_RGB)).tolist()
+    poses = place_cameras(size, rng)
+    colours = rng.permutation(list(ROOM_RGB)).tolist()
     boxes = []  # (name, centre, half, rgb)
-    for face in range(6):  # bright walls, dark floor, light ceiling; their inner sides are seen
-        centre, half = size / 2, 2 * size
-        centre[face // 2], half[face // 2] = (-0.5, size[face // 2] + 0.5)[face % 2], 0.5
-        shade = ((130, 245), (70, 120), (205, 235))[max(0, face - 3)]
+
+    # walls, floor and ceiling: thick boxes around the room, of which the inner sides are seen
+    for face in range(6):
+        axis, far = divmod(face, 2)
+        centre = size / 2
+        half = 2 * size
+        centre[axis] = size[axis] + 0.5 if far else -0.5
+        half[axis] = 0.5
+        shade = SHADES[max(0, face - 3)]
         boxes.append(("", centre, half, rng.uniform(*shade, (3, 3))))
+
+    # two pictures on each wall, flat boxes
     for k, colour in enumerate(colours[:8]):
-        across, centre, half = k // 4, np.full(3, rng.uniform(1.2, 1.9)), rng.uniform(0.25, 0.5, 3)
-        centre[across], half[across] = size[across] * (k // 2 % 2), 0.03
+        across = k // 4  # the axis that the wall stands across
+        far = k // 2 % 2
+        centre = np.full(3, rng.uniform(1.2, 1.9))
+        half = rng.uniform(0.25, 0.5, 3)
+        centre[across] = size[across] * far
+        half[across] = 0.03
         centre[1 - across] = size[1 - across] * (k % 2 + rng.uniform(0.3, 0.7)) / 2
         boxes.append((f"{colour} picture", centre, half, np.outer((1, 0.7, 1), ROOM_RGB[colour])))
+
+    # blocks, where there is room for them: on the floor, a quarter of them under the ceiling
     taken = [(pose[:2, 3], 1.0) for pose in poses[:2]]  # where, and how far around it
     for _ in range(40):
         half = rng.uniform((0.15, 0.15, 0.2), (0.45, 0.45, 0.8))
-        reach, height = math.hypot(*half[:2]), (half[2], size[2] - half[2])[rng.uniform() < 0.25]
+        reach = math.hypot(*half[:2])
+        hangs = rng.uniform() < 0.25
+        height = size[2] - half[2] if hangs else half[2]
         spot = rng.uniform(reach, size[:2] - reach)
         if colours and all(math.dist(spot, at) > reach + far for at, far in taken):
             taken.append((spot, reach))
@@ -718,8 +778,11 @@ def make_room(rng):
                           np.outer((1, 0.7, 1), ROOM_RGB[colour])))
     waves = rng.normal(0, 6, (len(boxes), 2, 3))
     waves[::2, 1] = 0
-    names, *arrays = zip(*boxes)
-    return Room(names, *map(np.array, arrays), waves, poses)
+    names, centre, half, rgb = zip(*boxes)
+    return Room(names, np.array(centre), np.array(half), np.array(rgb), waves, poses)
+
+
+SHADES = ((130, 245), (70, 120), (205, 235))  # of the four walls, of floor, of ceiling
 
 
 def place_cameras(size, rng):
@@ -730,20 +793,28 @@ def place_cameras(size, rng):
     """
     while True:
         place = np.array([*rng.uniform(1, size[:2] - 1), rng.uniform(1.3, 1.7)])
-        x, y = rng.uniform(0.25, 0.75, 2) * size[:2] - place[:2]  # towards the middle
-        pans = rng.choice([-1, 1]) * HEADINGS + rng.uniform(-5.5, 5.5, 4)
-        headings = math.atan2(y, x) + np.radians(pans)
+        aim = rng.uniform(0.25, 0.75, 2) * size[:2]  # about the middle of the room
+        side = rng.choice([-1, 1])
+        pans = side * HEADINGS + rng.uniform(-5.5, 5.5, 4)
+        headings = math.atan2(aim[1] - place[1], aim[0] - place[0]) + np.radians(pans)
         tilts = np.radians(rng.uniform(-8, 8) + rng.uniform(-10, 10, 4))
         behind = look(place, rng.choice(headings), 0)
         behind[:3, 3] -= rng.uniform(0.4, 1) * behind[:3, 2]
-        if np.all(np.abs(behind[:2, 3] - size[:2] / 2) < size[:2] / 2 - 1):
-            return [behind, *map(look, [place] * 4, headings, tilts)]
+        from_middle = np.abs(behind[:2, 3] - size[:2] / 2)
+        if np.all(from_middle < size[:2] / 2 - 1):
+            turned = [look(place, heading, tilt) for heading, tilt in zip(headings, tilts)]
+            return [behind, *turned]
 
 
 def look(position, heading, elevation):
     """cam2world (4, 4) of a camera without roll in a z-up world; heading from x to y, radians."""
-    ch, sh, ce, se = math.cos(heading), math.sin(heading), math.cos(elevation), math.sin(elevation)
-    right, down, forward = (sh, -ch, 0), (ch * se, sh * se, -ce), (ch * ce, sh * ce, se)
+    ch = math.cos(heading)
+    sh = math.sin(heading)
+    ce = math.cos(elevation)
+    se = math.sin(elevation)
+    right = (sh, -ch, 0)
+    down = (ch * se, sh * se, -ce)
+    forward = (ch * ce, sh * ce, se)
     pose = np.eye(4)
     pose[:3] = np.array([right, down, forward, position]).T
     return pose
@@ -758,21 +829,31 @@ def cast(room, K, cam2world, width, height):
     origin = cam2world[:3, 3]
     rays = np.moveaxis(unproject(np.ones((height, width)), K, cam2world)[0] - origin, -1, 0)
     inverse = np.float32(1 / np.where(rays == 0, 1e-9, rays)).reshape(3, -1)  # (3, pixels)
-    depth, number = np.full(height * width, np.inf, np.float32), np.zeros(height * width, np.uint8)
+    depth = np.full(height * width, np.inf, np.float32)
+    number = np.zeros(height * width, np.uint8)
     for k, (away, half) in enumerate(np.float32(np.stack([room.centre - origin, room.half], 1))):
-        a, b = ((away + side * half)[:, None] * inverse for side in (-1, 1))  # its planes' depths
-        enter, leave = np.minimum(a, b).max(0), np.maximum(a, b).min(0)
+        a = (away - half)[:, None] * inverse  # depths of the box's planes, along each axis
+        b = (away + half)[:, None] * inverse
+        enter = np.minimum(a, b).max(0)
+        leave = np.maximum(a, b).min(0)
         hit = (0 < enter) & (enter < leave) & (enter < depth)
-        depth[hit], number[hit] = enter[hit], k
+        depth[hit] = enter[hit]
+        number[hit] = k
     return depth.reshape(height, width), number.reshape(height, width)
 
 
 def paint(room, number, points_world):
     """Colours (H, W, 3) uint8 of the boxes seen at points_world (H, W, 3), lit from the middle."""
     p = np.float32(np.moveaxis(points_world, -1, 0))  # (3, H, W)
-    centre, half, (ground, pattern, far), waves = (
-        np.take(np.float32(np.moveaxis(of_boxes, 0, -1)), number, axis=-1)
-        for of_boxes in (room.centre, room.half, room.rgb, room.waves))  # (3 or more, H, W)
+
+    def at_pixels(of_boxes):
+        """(S, ...) of boxes -> (..., H, W) of the box that each pixel sees."""
+        return np.take(np.float32(np.moveaxis(of_boxes, 0, -1)), number, axis=-1)
+
+    centre = at_pixels(room.centre)
+    half = at_pixels(room.half)
+    ground, pattern, far = at_pixels(room.rgb)
+    waves = at_pixels(room.waves)
     wave, across = (waves * p).sum(1)
     mix = 0.25 + 0.25 * np.tanh(4 * np.sin(wave) * np.cos(across))  # soft edges: no aliasing
     normal = (p - centre) / half  # 1 or -1 on the face that the point is on
@@ -788,13 +869,14 @@ def paint(room, number, points_world):
 def _in_view(room, depth, number):
     """What shows of blocks and pictures: {k: (box [x1, y1, x2, y2], middle [x, y], its depth)}, in
     0..1000 of the picture and metres. What fills under 0.4 % of the picture is left out."""
-    seen, (H, W) = {}, depth.shape
+    H, W = depth.shape
+    seen = {}
     for k in np.flatnonzero(np.bincount(number.ravel()) > 0.004 * H * W):
         if room.names[k]:
             v, u = np.nonzero(number == k)
             m = np.argmin((u - u.mean()) ** 2 + (v - v.mean()) ** 2)
             marks = np.array([u.min(), v.min(), u.max() + 1, v.max() + 1, u[m] + 0.5, v[m] + 0.5])
-            marks = np.rint(marks * 1000 / ([W, H] * 3)).astype(int).tolist()
+            marks = np.rint(marks * 1000 / [W, H, W, H, W, H]).astype(int).tolist()
             seen[k] = marks[:4], marks[4:], depth[v[m], u[m]]
     return seen
 
@@ -809,22 +891,27 @@ def _questions(room, seen, rng):
     """
     for i, j in itertools.product(range(5), range(1, 5)):
         pose = relative_pose(room.poses[i], room.poses[j])
-        (x, y, z), gaze = pose[:3, 3].round(6), pose[:3, 2]
-        right, up = math.degrees(math.atan2(gaze[0], gaze[2])), math.degrees(math.asin(-gaze[1]))
+        x, y, z = pose[:3, 3].round(6)
+        gaze = pose[:3, 2]
+        right = math.degrees(math.atan2(gaze[0], gaze[2]))
+        up = math.degrees(math.asin(-gaze[1]))
         if i == j or not 10 <= abs(right) <= (70 if i else 60):
             continue
         turn = "right" if right > 0 else "left"
         yield ("camera_turn", (i, j), "Which way did the camera turn from view 0 to view 1, and "
                "how many degrees?", f"{turn} {abs(right):.0f}", [], {})
         task = str(rng.choice(OTHER_TASKS))
-        first, last = seen[i], seen[j]
-        both = [(a, b) for a in first for b in last
-                if a != b and (a in last or task != "position_matching")]
+        first = seen[i]
+        last = seen[j]
+        reds = [k for k in first if k in last or task != "position_matching"]
+        both = [(a, b) for a in reds for b in last if a != b]
         if not both:
             continue
         red, blue = both[rng.integers(len(both))]
-        (red_box, red_point, near), (blue_box, blue_point, depth) = first[red], last[blue]
-        one, other = f"The {room.names[red]}", f"the {room.names[blue]}"
+        red_box, red_point, near = first[red]
+        blue_box, blue_point, depth = last[blue]
+        one = f"The {room.names[red]}"
+        other = f"the {room.names[blue]}"
         if task == "view_change_infer":
             yield (task, (i, j), "How did the camera get from view 0 to view 1? Answer in meters "
                    "and degrees as move_<right_or_left>:x,move_<down_or_up>:x,"
@@ -835,7 +922,8 @@ def _questions(room, seen, rng):
                    f"rotate_{'up' if up >= 0 else 'down'}:{abs(up):.0f},"
                    f"rotate_{turn}:{abs(right):.0f}", [], {})
         elif task == "position_matching":
-            gold, *wrong = [str(last[k][0]) for k in (red, *(k for k in last if k != red))]
+            gold = str(last[red][0])
+            wrong = [str(last[k][0]) for k in last if k != red]
             yield (task, (i, j), f"{one} is in the red box of view 0. Where is it in view 1, as "
                    "[x1, y1, x2, y2] from 0 to 1000?", gold, wrong[:3],
                    {"red_bbox": [red_box], "bbox_img_idx": [[0]]})
@@ -865,7 +953,8 @@ def render_rooms(root, rooms=1000, seed=0, size=128, held_out=0.1):
     size: pixels of a side. Deterministic by seed; a finished tree with the same arguments is left
     alone, an interrupted one redone. Returns root.
     """
-    root, partial = Path(root), Path(f"{root}.partial")
+    root = Path(root)
+    unfinished = Path(f"{root}.partial")
     stamp = json.dumps({"rooms": rooms, "seed": seed, "size": size, "held_out": held_out,
                         "version": ROOM_VERSION})
     if root.exists():
@@ -874,37 +963,42 @@ def render_rooms(root, rooms=1000, seed=0, size=128, held_out=0.1):
                             "remove it or name another folder")
         if (root / "rooms.json").read_text() == stamp:
             return root
-    shutil.rmtree(partial, ignore_errors=True)  # of an interrupted run
-    lines, first_val = {}, rooms - round(rooms * held_out)
+    shutil.rmtree(unfinished, ignore_errors=True)  # of an interrupted run
+    lines = {}  # {(split, task, kind): [line]}
+    first_val = rooms - round(rooms * held_out)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy and Pillow release the lock
-        jobs = pool.map(lambda number: _render_room(partial, number, seed, size), range(rooms))
+        jobs = pool.map(partial(_render_room, unfinished, seed, size), range(rooms))
         for number, records in enumerate(progress(jobs, rooms, "rendering rooms")):
+            split = "train" if number < first_val else "val"
             for kind, record in records:
-                place = ("train" if number < first_val else "val", record["type"], kind)
+                place = (split, record["type"], kind)
                 lines.setdefault(place, []).append(json.dumps(record) + "\n")
-    for place, records in lines.items():
-        folder = partial.joinpath("rooms", "qa_jsonl", *place)
+    for place, of_place in lines.items():
+        folder = unfinished.joinpath("rooms", "qa_jsonl", *place)
         folder.mkdir(parents=True)
-        (folder / f"{folder.name}_{len(records)}.jsonl").write_text("".join(records))
+        (folder / f"{folder.name}_{len(of_place)}.jsonl").write_text("".join(of_place))
     if first_val < rooms:
-        _write_benchmark(partial / "benchmark", load_samples(partial, split="val"))
-    (partial / "rooms.json").write_text(stamp)
+        _write_benchmark(unfinished / "benchmark", load_samples(unfinished, split="val"))
+    (unfinished / "rooms.json").write_text(stamp)
     shutil.rmtree(root, ignore_errors=True)  # rooms of other arguments, as their stamp said
-    partial.rename(root)
+    unfinished.rename(root)
     return root
 
 
-def _render_room(root, serial, seed, size):
+def _render_room(root, seed, size, serial):
     """Render and write one room; return its questions as [(kind, SPAR record)]."""
     rng = np.random.default_rng([seed, serial])
-    room, name, seen, records = make_room(rng), f"room_{serial:05d}", [], []
-    f, c = size / 2 / math.tan(math.radians(40)), (size - 1) / 2  # one lens, of 80 degrees
+    room = make_room(rng)
+    name = f"room_{serial:05d}"
+    f = size / 2 / math.tan(math.radians(40))  # one lens, of 80 degrees
+    c = (size - 1) / 2
     K = np.array([[f, 0, c, 0], [0, f, c, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     scene = root / "rooms" / "images" / name
     for folder in ("image_color", "image_depth", "pose", "intrinsic"):
         (scene / folder).mkdir(parents=True)
     for camera in ("color", "depth"):
         np.savetxt(scene / "intrinsic" / f"intrinsic_{camera}.txt", K, fmt="%.6f")
+    seen = []
     for k, pose in enumerate(room.poses):
         depth, number = cast(room, K, pose, size, size)
         seen.append(_in_view(room, depth, number))
@@ -913,6 +1007,7 @@ def _render_room(root, serial, seed, size):
         Image.fromarray(np.rint(depth * 1000).astype(np.uint16)).save(
             scene / "image_depth" / f"{k}.png", compress_level=1)
         np.savetxt(scene / "pose" / f"{k}.txt", pose, fmt="%.8f")
+    records = []
     for task, frames, question, answer, wrong, markers in _questions(room, seen, rng):
         if wrong:  # lettered options in random order; the answer is the letter
             order = rng.permutation(1 + len(wrong))
@@ -932,7 +1027,9 @@ def _write_benchmark(folder, samples, most=140):
     """SPAR-Bench's rows for at most so many samples of each task, evenly spaced within it;
     pictures with markers drawn."""
     (folder / "images").mkdir(parents=True)
-    rows, by_task, drawn = [], {}, []
+    by_task = {}
+    drawn = []
+    rows = []
     for sample in samples:
         by_task.setdefault(sample.task, []).append(sample)
     for of_task in by_task.values():
@@ -952,7 +1049,8 @@ def _write_benchmark(folder, samples, most=140):
 
 def progress(items, total, label):
     """Yield items, showing a bar with time left: in place on a terminal, else a line a quarter."""
-    start, live = time.monotonic(), sys.stdout.isatty()
+    start = time.monotonic()
+    live = sys.stdout.isatty()
     for done, item in enumerate(items, 1):
         yield item
         if live or 4 * done // total > 4 * (done - 1) // total:

@@ -240,11 +240,11 @@ def prepare(sample, args, processor, dtype=torch.float32):
 def heldout_pairs(walk, count):
     """`count` different held-out pairs of frames, or as many as there are: Samples of two views."""
     by_images = {}
-    for sample in islice(walk.heldout(), 1000 + 20 * count):
+    for sample in islice(walk.heldout_samples(), 1000 + 20 * count):
         for x, y in itertools.combinations(range(len(sample.images)), 2):
             images = [sample.images[x], sample.images[y]]
             depths = [sample.depths[x], sample.depths[y]]
-            if walk.own_val or geometry.held_out(images):
+            if walk.has_val or geometry.is_held_out(images):
                 pair = dataclasses.replace(sample, images=images, depths=depths)
                 by_images.setdefault(frozenset(images), pair)
     pairs = list(by_images.values())

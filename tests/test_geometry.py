@@ -392,11 +392,11 @@ def make_walk(root, count=1000, seed=0, val=()):
 def test_no_frame_that_is_held_out_is_trained_on(tmp_path):
     walk, held = make_walk(tmp_path), {k for k in range(60) if {k, 7 * k % 50} & KEPT}
     assert 0 < len(held) < 30 and sorted(walk.drawn) == sorted(set(range(60)) - held)
-    assert {s.id for s in walk.heldout()} == {f"p{k}" for k in held} and not walk.own_val
+    assert {s.id for s in walk.heldout_samples()} == {f"p{k}" for k in held} and not walk.has_val
     # a val split is held out instead
     walk = make_walk(tmp_path, val=[{"image": [FRAME(99), FRAME(98)]}] * 3)
-    assert sorted(walk.drawn) == list(range(60)) and walk.own_val
-    assert sorted(s.id for s in walk.heldout()) == ["s0", "s1", "s2"]
+    assert sorted(walk.drawn) == list(range(60)) and walk.has_val
+    assert sorted(s.id for s in walk.heldout_samples()) == ["s0", "s1", "s2"]
     for name, frames in (("all", KEPT), ("none", {1, 2} - KEPT)):
         annotate(tmp_path / name, [{"image": [FRAME(k)] * 2} for k in frames])
         with pytest.raises(geometry.DataError, match="too few samples to train on some and hold"):
