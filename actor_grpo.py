@@ -30,7 +30,7 @@ Deviations from DeepSeekMath's Eq. 3 and 4: the reference is the start model for
 outer iteration); A is divided by std + 1e-4, and exactly 0 in a group without spread; log-ratios
 are clamped to +-20; log p is that of the tempered policy, over all words, while sampling leaves the
 vision tokens out.
-Beyond the paper: the choices tagged "not in the paper" on their lines; the README lists them.
+Beyond the paper: the choices tagged "not in the paper: NAME"; docs/choices.md lists them.
 """
 
 import argparse
@@ -71,7 +71,7 @@ import rewards
 MADE_BY = {"out/cold_start": "python actor_sft.py --target actions"}  # and what writes it
 MAY_BE_0 = ("seed", "warmup", "beta")  # arguments
 END = ["<|im_end|>", "<|endoftext|>"]  # of a turn; of a text, which a base model may write instead
-BANNED = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",  # not in the paper
+BANNED = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",  # not in the paper: sampling
           "<|image_pad|>", "<|video_pad|>"]
 
 
@@ -87,7 +87,8 @@ def parse_args(argv=None):
                    help="how many multi-image samples to draw (paper: 10,000)")
     p.add_argument("--max-pixels", type=int, help="budget per image, larger ones are scaled down; "
                                                   "default: 448 * 448, demo: 112 * 112")
-    p.add_argument("--freeze", choices=("vision", "language", "nothing"), default="nothing",
+    p.add_argument("--freeze", default="nothing",  # not in the paper: what trains
+                   choices=("vision", "language", "nothing"),
                    help="keep the image encoder, or the language model, as it is; with vision, "
                         "images are encoded once a step")
     # rewards
@@ -95,31 +96,31 @@ def parse_args(argv=None):
                    help="what comes before the answer: camera moves, or words (Table 3's ablation)")
     p.add_argument("--weights", type=float, nargs=3, default=list(rewards.WEIGHTS),
                    metavar=("ACT", "ANS", "FMT"), help="lambda 1 to 3 of Eq. 8; paper: 1 1 1")
-    p.add_argument("--tau-t", type=float, default=1.0,  # not in the paper
+    p.add_argument("--tau-t", type=float, default=1.0,  # not in the paper: scales of R_act
                    help="metres at which R_act falls to 1 / e")
-    p.add_argument("--tau-r", type=float, default=30.0,  # not in the paper
+    p.add_argument("--tau-r", type=float, default=30.0,  # not in the paper: scales of R_act
                    help="degrees at which R_act falls to 1 / e")
     # the objective
     p.add_argument("--group", type=int, default=8, help="G: completions of each prompt; paper: 8")
     p.add_argument("--beta", type=float, default=0.01,
                    help="weight of the KL term; 0 leaves the reference out; paper: 0.01")
-    p.add_argument("--clip-ratio", type=float, default=0.2,  # not in the paper
+    p.add_argument("--clip-ratio", type=float, default=0.2,  # not in the paper: clipped ratio
                    help="how far the ratio counts; matters with --updates above 1 only")
-    p.add_argument("--updates", type=int, default=1,  # not in the paper
+    p.add_argument("--updates", type=int, default=1,  # not in the paper: clipped ratio
                    help="mu: optimiser steps on the same completions")
-    p.add_argument("--temperature", type=float, default=1.0,  # not in the paper
+    p.add_argument("--temperature", type=float, default=1.0,  # not in the paper: sampling
                    help="of sampling, and of log p in the objective; 1: the model's distribution")
-    p.add_argument("--max-new-tokens", type=int,  # not in the paper
+    p.add_argument("--max-new-tokens", type=int,  # not in the paper: longest completion
                    help="longest completion; default: 96 + 64 a pair of views, 256 for language")
     # optimisation
     p.add_argument("--steps", type=int, help="default: one epoch; demo: 50")
-    p.add_argument("--batch", type=int,
+    p.add_argument("--batch", type=int,  # not in the paper: batch of GRPO
                    help="B: prompts a step over all processes; paper: a global batch of 32, read "
                         "here as 4 prompts x 8 completions; demo: 8")
     p.add_argument("--lr", type=float, help="fixed; paper: 1e-5; demo: 1e-4")
-    p.add_argument("--vision-lr", type=float,  # not in the paper
+    p.add_argument("--vision-lr", type=float,  # not in the paper: rate of the encoder
                    help="lr of the image encoder; default: --lr; demo: 1e-5")
-    p.add_argument("--clip", type=float, default=1.0,  # not in the paper
+    p.add_argument("--clip", type=float, default=1.0,  # not in the paper: optimiser
                    help="largest gradient norm")
     p.add_argument("--seed", type=int, default=0, help="decides which samples, and all sampling")
     # looking and saving
@@ -162,7 +163,7 @@ def group_advantages(R):
     """
     if R.max() - R.min() < 1e-6:
         return torch.zeros_like(R)
-    return (R - R.mean()) / (R.std() + 1e-4)  # ddof 1; not in the paper
+    return (R - R.mean()) / (R.std() + 1e-4)  # ddof 1  # not in the paper: advantage
 
 
 def grpo_loss(log_p, old, ref, A, mask, clip_ratio, beta):
@@ -1117,7 +1118,7 @@ def main(argv=None):
 
     # samples to train on, in the order of --seed
     walk = geometry.Walk(args.data, args.samples, args.seed)
-    args.steps = args.steps or max(1, len(walk.drawn) // args.batch)
+    args.steps = args.steps or max(1, len(walk.drawn) // args.batch)  # not in the paper: epochs
     args.save_every = args.save_every or max(1, args.steps // 4)
     identity, state, lock = begin(args, walk, source)
     start = state["step"] if state else 0

@@ -22,7 +22,7 @@ files (for --resume; may be deleted when the run has ended).
 
 Axes: L tokens of a sample, T response tokens, D feature, W words of the vocabulary.
 
-Beyond the paper: the choices tagged "not in the paper" on their lines; the README lists them.
+Beyond the paper: the choices tagged "not in the paper: NAME"; docs/choices.md lists them.
 """
 
 import argparse
@@ -82,25 +82,27 @@ def parse_args(argv=None):
     p.add_argument("--out", help="default: out/sft, or out/cold_start if there are actions")
     p.add_argument("--samples", type=int, help="how many multi-image samples to draw; paper, "
                                                "default: 10,000, a tenth for --target actions")
-    p.add_argument("--tasks", nargs="+", help="SPAR tasks to train on; default: all with several "
-                                              "images, demo: camera_turn, for actions all")
-    p.add_argument("--mix", type=float, default=0.1,  # not in the paper
+    p.add_argument("--tasks", nargs="+",  # not in the paper: which samples
+                   help="SPAR tasks to train on; default: all with several images, demo: "
+                        "camera_turn, for actions all")
+    p.add_argument("--mix", type=float, default=0.1,  # not in the paper: hybrid cold start
                    help="share of action responses in --target mixed")
     p.add_argument("--max-pixels", type=int, help="budget per image, larger ones are scaled down; "
                                                   "default: 448 * 448, demo: 112 * 112")
-    p.add_argument("--freeze", choices=("vision", "language", "nothing"), default="nothing",
+    p.add_argument("--freeze", default="nothing",  # not in the paper: what trains
+                   choices=("vision", "language", "nothing"),
                    help="keep the image encoder, or the language model, as it is")
     # optimisation
     p.add_argument("--steps", type=int, help="default: one epoch; demo: 400")
     p.add_argument("--batch", type=int,
                    help="samples per step over all processes; paper: 1; demo: 8")
     p.add_argument("--lr", type=float, help="paper: 1e-5; demo: 4e-4")
-    p.add_argument("--vision-lr", type=float,  # not in the paper
+    p.add_argument("--vision-lr", type=float,  # not in the paper: rate of the encoder
                    help="lr of the image encoder; default: --lr; demo: 4e-5, since a language "
                         "model that starts random needs more than what PaStA has taught")
     p.add_argument("--warmup", type=int,
                    help="steps in which lr rises to its value; default: 0, it is fixed; demo: 50")
-    p.add_argument("--clip", type=float, default=1.0,  # not in the paper
+    p.add_argument("--clip", type=float, default=1.0,  # not in the paper: optimiser
                    help="largest gradient norm")
     p.add_argument("--seed", type=int, default=0, help="decides which samples, in which order")
     # looking and saving
@@ -297,7 +299,8 @@ def evaluate_responses(model, tokenizer, examples, batch=16):
         with torch.no_grad():
             log_p += [response_log_probs(model, example) for example in some]
         prompts = [(e.ids[:e.prompt].tolist(), e.images) for e in some]
-        longest = 16 + 2 * max(len(e.ids) - e.prompt for e in some)  # not in the paper
+        taught = max(len(e.ids) - e.prompt for e in some)
+        longest = 16 + 2 * taught  # not in the paper: longest completion
         texts += generate_greedily(model, tokenizer, prompts, longest)
     lost = [example.id for example, text in zip(examples, texts) if text is None]
     if lost:
@@ -887,7 +890,7 @@ def main(argv=None):
 
     # samples to train on, in the order of --seed, and others to look at
     walk = geometry.Walk(args.data, args.samples, args.seed, args.tasks)
-    args.steps = args.steps or max(1, len(walk.drawn) // args.batch)
+    args.steps = args.steps or max(1, len(walk.drawn) // args.batch)  # not in the paper: epochs
     args.save_every = args.save_every or max(1, args.steps // 4)
     identity, state, lock = begin(args, walk, source)
     start = state["step"] if state else 0

@@ -91,7 +91,7 @@ def parse_args(argv=None):
     # generation
     p.add_argument("--max-pixels", type=int,
                    help="per image; default: 448 * 448, demo 112 * 112, mindcube 480 * 480")
-    p.add_argument("--max-new-tokens", type=int,  # not in the paper
+    p.add_argument("--max-new-tokens", type=int,  # not in the paper: longest completion
                    help="default: 96 + 64 a pair of views, 256 for language, for direct answers "
                         "as the benchmark's own code")
     p.add_argument("--batch", type=int, default=16, help="questions at a time, over all processes")
@@ -190,7 +190,7 @@ def prompt_of(item, bench, mode):
     what training asked); "action", "language": what training asked, since HATCH's are unpublished.
     """
     if mode in INSTRUCTIONS and item.views > 1:
-        return f"{item.question}\n{INSTRUCTIONS[mode]}"  # not in the paper
+        return f"{item.question}\n{INSTRUCTIONS[mode]}"  # not in the paper: prompts
     return BENCHES[bench].prompt[item.task].replace("{question}", item.question)
 
 

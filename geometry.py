@@ -22,7 +22,7 @@ Conventions, everywhere in this project
 
 Axes: V views, H W pixels, n grid side, P = n * n patches in raster order.
 
-Beyond the paper: the choices tagged "not in the paper" on their lines.
+Beyond the paper: the choices tagged "not in the paper: NAME"; docs/choices.md lists them.
 """
 
 import itertools
@@ -104,7 +104,7 @@ def directional_overlap(x, y, n, t=0.05, t_rel=0.05, stride=4):
 
     x, y: View. n: grid side. t: metres, t_rel: share of the depth; a point is consistent when its
     depth in y differs from y's own depth map by less than max(t, t_rel z). stride: every how many
-    pixels of x are used (4 moves S by 0.03 at most on real frames; 1 uses all; not in the paper).
+    pixels of x are used (4 moves S by 0.03 at most on real frames; 1 uses all).
     Returns M (P, P): M[i, j] = share of patch i's pixels *with valid depth* (appendix A) whose 3-D
     point lands in patch j. A patch with depth on under a quarter of its pixels has an empty row.
     Raises ValueError when a view is smaller than n pixels on a side.
@@ -116,7 +116,7 @@ def directional_overlap(x, y, n, t=0.05, t_rel=0.05, stride=4):
     H, W = x.depth.shape
     P = n * n
     stride = max(1, min(stride, H // (2 * n), W // (2 * n)))  # two or more samples a cell and axis
-    first = stride // 2
+    first = stride // 2  # not in the paper: pixel stride
     K = x.K.copy()  # intrinsics of the image that keeps every stride-th pixel
     K[:2, 2] -= first
     K[:2] /= stride
@@ -146,8 +146,8 @@ def directional_overlap(x, y, n, t=0.05, t_rel=0.05, stride=4):
     M = np.bincount(i_inside[consistent] * P + j[consistent], minlength=P * P).reshape(P, P)
     pixels = np.bincount(i.ravel(), minlength=P)
     with_depth = np.bincount(i[valid], minlength=P)
-    M = M / np.maximum(with_depth, 1)[:, None]
-    M[with_depth < 0.25 * pixels] = 0.0  # not in the paper: too little depth to trust
+    M = M / np.maximum(with_depth, 1)[:, None]  # not in the paper: valid depth
+    M[with_depth < 0.25 * pixels] = 0.0  # not in the paper: little depth
     return M
 
 
@@ -160,8 +160,9 @@ def correspondence(x, y, n, t=0.05, t_rel=0.05, stride=4):
 
 # ------------------------------------------------------------------- poses and actions, appendix B
 
-AIM_MIN = 0.05  # metres; a nearer target is not aimed at                       # not in the paper
-STEEP = math.radians(80)  # a steeper target is reached by move_up/down         # not in the paper
+# A target nearer than this, in metres, is not aimed at; a steeper one is reached by move_up/down.
+AIM_MIN = 0.05  # not in the paper: aim of a plan
+STEEP = math.radians(80)  # not in the paper: aim of a plan
 
 
 def relative_pose(cam2world_i, cam2world_j):
@@ -200,17 +201,21 @@ def actions_from_pose(pose):
             ("move_up_m", rise), ("turn_right_deg", gaze_right), ("turn_up_deg", gaze_up)]
     opposite = {"turn_right_deg": "turn_left_deg", "turn_up_deg": "turn_down_deg",
                 "move_up_m": "move_down_m"}
-    plan = [(name, round(float(amount), 2) if name.endswith("_m") else amount)
-            for name, amount in plan]
-    return [{name if amount > 0 else opposite[name]: abs(amount)} for name, amount in plan
-            if amount]
+    actions = []
+    for name, amount in plan:
+        if name.endswith("_m"):
+            amount = round(float(amount), 2)  # not in the paper: rounding
+        if amount:
+            actions.append({name if amount > 0 else opposite[name]: abs(amount)})
+    return actions
 
 
-ACTIONS = {  # atomic action -> what it does, and in which direction (B.3; backward is read only)
+ACTIONS = {  # atomic action -> what it does, and in which direction (B.3)
     "turn_right_deg": ("turn right", 1), "turn_left_deg": ("turn right", -1),
     "turn_up_deg": ("turn up", 1), "turn_down_deg": ("turn up", -1),
-    "move_forward_m": ("move forward", 1), "move_backward_m": ("move forward", -1),
-    "move_up_m": ("move up", 1), "move_down_m": ("move up", -1)}
+    "move_forward_m": ("move forward", 1), "move_up_m": ("move up", 1),
+    "move_down_m": ("move up", -1),
+    "move_backward_m": ("move forward", -1)}  # not in the paper: read beyond B.3
 
 
 def read_actions(actions):
@@ -223,12 +228,12 @@ def read_actions(actions):
         if not isinstance(action, dict) or len(action) != 1:
             raise ValueError(f"an action is a dict with one key, got {action!r:.80}")
         ((name, amount),) = action.items()
-        if name not in ACTIONS:
+        if name not in ACTIONS:  # not in the paper: move_forward_px
             raise ValueError(f"unknown action {name!r:.80}")
         if type(amount) not in (int, float) or not abs(amount) < 1e300:  # NaN fails this, too
             raise ValueError(f"{name} needs a finite number")
         what, sign = ACTIONS[name]
-        steps.append((what, sign * float(amount)))
+        steps.append((what, sign * float(amount)))  # not in the paper: read beyond B.3
     return steps
 
 
@@ -267,7 +272,8 @@ def pose_error(pose_a, pose_b):
 def residual_roll(pose):
     """Signed roll in degrees about the gaze that the plan of actions_from_pose(pose) leaves out."""
     rest = pose_from_actions(actions_from_pose(pose))[:3, :3].T @ pose[:3, :3]
-    return math.degrees(math.atan2(rest[1, 0] - rest[0, 1], rest[0, 0] + rest[1, 1]))
+    sine = rest[1, 0] - rest[0, 1]
+    return math.degrees(math.atan2(sine, rest[0, 0] + rest[1, 1]))  # not in the paper: roll
 
 
 # ------------------------------------------------------------------------- SPAR-7M-RGBD on disk
@@ -278,7 +284,7 @@ MULTI_VIEW_TASKS = (  # two or three still images of one scene: what HATCH train
     "distance_prediction_oo_mv", "obj_spatial_relation_oc_mv", "obj_spatial_relation_oo_mv",
     "position_matching", "spatial_imagination_map_mv", "spatial_imagination_oc_mv",
     "spatial_imagination_oo_mv", "view_change_infer",
-    "camera_turn")  # the rooms' own                                            # not in the paper
+    "camera_turn")  # not in the paper: rooms
 
 MARKER_RGB = {"red": (255, 0, 0), "blue": (0, 0, 255), "green": (0, 255, 0),
               "yellow": (255, 255, 0)}
@@ -583,7 +589,8 @@ def is_held_out(images):
 
     One frame in ten is, by a hash of its name, and with it each pair and sample that it stands in.
     """
-    return any(zlib.crc32("/".join(path.parts[-3:]).encode()) % 10 == 0 for path in images)
+    names = ["/".join(path.parts[-3:]) for path in images]
+    return any(zlib.crc32(name.encode()) % 10 == 0 for name in names)  # not in the paper: held-out
 
 
 class Walk:

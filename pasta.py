@@ -20,8 +20,8 @@ matches.png (matches of held-out pairs before and after), checkpoint.json with i
 
 Axes: V views, H W pixels, n grid side, P = n * n patches, D feature, h w merged tokens of an image.
 
-Deviations from the paper, and what it leaves open, are tagged "not in the paper" where they stand;
-the README's list with flags is the complete one.
+Deviations from the paper, and what it leaves open, are tagged "not in the paper: NAME" where they
+stand; docs/choices.md has the list.
 """
 
 import argparse
@@ -76,21 +76,21 @@ def parse_args(argv=None):
     p.add_argument("--out", default="out/pasta", help="where the aligned model and the log go")
     p.add_argument("--samples", type=int, default=10_000,
                    help="how many multi-image samples to draw (paper: 10,000)")
-    p.add_argument("--max-pixels", type=int,  # not in the paper
+    p.add_argument("--max-pixels", type=int,  # not in the paper: image size
                    help="budget per image, larger ones are scaled down; "
                         "default: 448 * 448, demo: 112 * 112")
     # the objective
     p.add_argument("--grid", type=int, default=4,
-                   help="n: patches per side; the paper sweeps 2 to 6")
-    p.add_argument("--tau1", type=float, default=0.1,  # not in the paper
+                   help="n: patches per side; default: 4; the paper sweeps 2 to 6")
+    p.add_argument("--tau1", type=float, default=0.1,  # not in the paper: target temperature
                    help="target temperature: 1 is near uniform, 0.05 near argmax")
-    p.add_argument("--tau2", type=float, default=0.07,  # not in the paper
+    p.add_argument("--tau2", type=float, default=0.07,  # not in the paper: prediction temperature
                    help="prediction temperature; lower asks for sharper features")
-    p.add_argument("--t", type=float, default=0.05,  # not in the paper
+    p.add_argument("--t", type=float, default=0.05,  # not in the paper: depth agreement
                    help="depth agreement in metres; sensor noise is 0.004-0.02")
-    p.add_argument("--t-rel", type=float, default=0.05,  # not in the paper
+    p.add_argument("--t-rel", type=float, default=0.05,  # not in the paper: depth agreement
                    help="and as a share of the depth; the larger one counts")
-    p.add_argument("--skip-empty", action="store_true",  # not in the paper
+    p.add_argument("--skip-empty", action="store_true",  # not in the paper: empty rows
                    help="leave out patches without overlap; Eq. 2 makes their target uniform")
     # optimisation
     p.add_argument("--steps", type=int, help="default: one epoch; demo: 1000")
@@ -98,7 +98,7 @@ def parse_args(argv=None):
                    help="samples per step over all processes; paper: 1; demo: 4")
     p.add_argument("--lr", type=float,
                    help="fixed; paper: 1e-5; demo, whose model starts random: 1e-3")
-    p.add_argument("--clip", type=float, default=1.0,  # not in the paper
+    p.add_argument("--clip", type=float, default=1.0,  # not in the paper: optimiser
                    help="largest gradient norm")
     p.add_argument("--seed", type=int, default=0,
                    help="decides the data order, and the demo's rooms and weights")
@@ -126,7 +126,8 @@ def parse_args(argv=None):
                   "max_pixels": 448 * 448}
     return settle(p, argv, values | {
         "vision_lr": first.lr or values["lr"],  # nothing else trains
-        "demo": demo, "betas": [0.9, 0.999], "warmup": 0, "offload": False})  # not in the paper
+        "demo": demo, "warmup": 0, "offload": False,
+        "betas": [0.9, 0.999]})  # not in the paper: optimiser
 
 
 # ------------------------------------------------------------------------------------ the method
@@ -146,7 +147,7 @@ def cell_features(tokens, n):
 
 def cell_weights(length, n, device):
     """(n, length): the share of cell k that each of `length` equal tokens fills; rows sum to 1."""
-    edges = torch.arange(n + 1, device=device) * (length / n)
+    edges = torch.arange(n + 1, device=device) * (length / n)  # not in the paper: pooling
     low = edges[:-1, None]
     high = edges[1:, None]
     token = torch.arange(length, device=device)
@@ -199,9 +200,10 @@ def encode(encoder, pixels, grids, n):
     frames, rows and columns of patches, as the image processor has them -> list of e (P, D)."""
     device = encoder.patch_embed.proj.weight.device
     merge = encoder.config.spatial_merge_size
-    # not in the paper, which features: pooler_output, what the language model reads, is in raster
-    # order; last_hidden_state in that of attention windows, which shows in larger images only
-    tokens = encoder(pixels.to(device), grid_thw=grids.to(device)).pooler_output  # (sum of h w, D)
+    encoded = encoder(pixels.to(device), grid_thw=grids.to(device))
+    # what the language model reads, in raster order; last_hidden_state has that of attention
+    # windows, which shows in larger images only
+    tokens = encoded.pooler_output  # (sum of h w, D)  # not in the paper: which features
     sizes = [(h // merge, w // merge) for _, h, w in grids.tolist()]
     images = tokens.split([h * w for h, w in sizes])
     return [cell_features(image.view(h, w, -1), n) for image, (h, w) in zip(images, sizes)]
@@ -227,8 +229,9 @@ def prepare(sample, args, processor, dtype=torch.float32):
     (x, y, S) of all pairs of its views, x < y. Raises DataError if one of them cannot be used."""
     views = sample.views()
     pairs = []
+    pictures = [view.image for view in views]  # not in the paper: markers
     try:
-        images = processor(images=[view.image for view in views], return_tensors="pt")
+        images = processor(images=pictures, return_tensors="pt")
         for x, y in itertools.combinations(range(len(views)), 2):
             S = geometry.correspondence(views[x], views[y], args.grid, args.t, args.t_rel)
             pairs.append((x, y, torch.from_numpy(S).float()))
@@ -976,7 +979,7 @@ def main(argv=None):
 
     # samples to train on, in the order of --seed, and pairs to look at
     walk = geometry.Walk(args.data, args.samples, args.seed)
-    args.steps = args.steps or max(1, len(walk.drawn) // args.batch)
+    args.steps = args.steps or max(1, len(walk.drawn) // args.batch)  # not in the paper: epochs
     args.save_every = args.save_every or max(1, args.steps // 4)
     identity, state, lock = begin(args, walk, source)
     start = state["step"] if state else 0
@@ -1022,7 +1025,8 @@ def main(argv=None):
         tick = time.monotonic()
         samples = [prepared for _, prepared in batch if prepared]
         # |P| counts the pairs of all processes, so that their gradients add up
-        count = sum(gather([len(pairs) for *_, pairs in samples]))
+        pairs_here = [len(pairs) for *_, pairs in samples]
+        count = sum(gather(pairs_here))  # not in the paper: pairs of a step
         loss = excess = 0.0
         for _, pixels, grids, pairs in samples:
             e = encode(encoder, pixels, grids, args.grid)

@@ -13,7 +13,7 @@ Appendix C's sentences stand above what computes them, in its order. Every funct
 none raises or returns NaN, and each part of the reward stays in [0, 1]. Views are counted from 0,
 as in appendix B.2 (Eq. 7 counts from 1).
 
-Beyond the paper: the choices tagged "not in the paper" on their lines.
+Beyond the paper: the choices tagged "not in the paper: NAME"; docs/choices.md lists them.
 """
 
 import itertools
@@ -29,10 +29,11 @@ import geometry
 
 # ------------------------------------------------------------------------------------- asking
 
-# No prompt of the paper is published; these are ours.                            # not in the paper
+# No prompt of the paper is published; these are ours.
 ACTION_INSTRUCTION = ("First write how the camera moves between all views, as JSON in "
                       "<action></action>, then the answer alone in <answer></answer>.")
-ANSWER_INSTRUCTION = "Write the answer alone, without an explanation."
+ANSWER_INSTRUCTION = (  # not in the paper: prompts
+    "Write the answer alone, without an explanation.")
 LANGUAGE_INSTRUCTION = (  # the ablation of Table 3: reasoning in words instead of actions
     "First reason in words about how the views relate in <think></think>, then write the answer "
     "alone in <answer></answer>.")
@@ -59,7 +60,8 @@ def write_response(actions, answer):
     Compact JSON: indenting it costs twice the tokens.
     """
     A = json.dumps([{"from": i, "to": j, "action": plan}
-                    for (i, j), plan in sorted(actions.items())], separators=(",", ":"))
+                    for (i, j), plan in sorted(actions.items())],  # not in the paper: views from 0
+                   separators=(",", ":"))
     return f"<action>{A}</action><answer>{answer}</answer>"  # Eq. 6
 
 
@@ -79,12 +81,13 @@ def _block(text, tag):
     opening = f"<{tag}>"
     closing = f"</{tag}>"
     if not isinstance(text, str) or text.count(opening) != 1 or text.count(closing) != 1:
-        return None
+        return None  # not in the paper: second answer
     inside = text[text.index(opening) + len(opening):text.index(closing)]
     return inside.strip() or None
 
 
-LONGEST_PLAN = 100_000  # characters; 16 views, 120 pairs, need a fifth of it  # not in the paper
+# In characters; the plans of 16 views, 120 pairs, need a fifth of it.
+LONGEST_PLAN = 100_000  # not in the paper: longest texts
 
 
 def _parse_actions(block):
@@ -109,14 +112,14 @@ def _parse_actions(block):
 
 def _no_repeated_key(pairs):
     if len(dict(pairs)) != len(pairs):
-        raise ValueError("a repeated key")
+        raise ValueError("a repeated key")  # not in the paper: broken plan
     return dict(pairs)
 
 
 # ------------------------------------------------------------------ C.2, action accuracy reward
 
 
-def action_reward(text, gold_actions, tau_t=1.0, tau_r=30.0):  # not in the paper: both tau
+def action_reward(text, gold_actions, tau_t=1.0, tau_r=30.0):  # not in the paper: scales of R_act
     """R_act in [0, 1]: how close the written plans come to the gold poses, mean over all pairs.
 
     gold_actions {(i, j): plan}, the required pairs; tau_t metres, tau_r degrees. A pair without a
@@ -134,7 +137,7 @@ def action_reward(text, gold_actions, tau_t=1.0, tau_r=30.0):  # not in the pape
             pose = geometry.pose_from_actions(actions[pair])
             gold_pose = geometry.pose_from_actions(gold_plan)
             total += float(_similarity(pose, gold_pose, tau_t, tau_r))
-    return total / len(gold_actions)  # not in the paper: the mean over pairs
+    return total / len(gold_actions)  # not in the paper: several pairs
 
 
 def _similarity(pose, gold, tau_t, tau_r):
@@ -146,10 +149,11 @@ def _similarity(pose, gold, tau_t, tau_r):
         # R_act-acc = 0." Those that go under a tenth of the way and of the turn.
         moved, turned = geometry.pose_error(pose, np.eye(4))
         gold_moved, gold_turned = geometry.pose_error(gold, np.eye(4))
-        stays = moved < np.maximum(0.1 * gold_moved, ROUNDING_M)  # not in the paper
+        stays = moved < np.maximum(0.1 * gold_moved, ROUNDING_M)
         looks_on = turned < np.maximum(0.1 * gold_turned, ROUNDING_DEG)
     gold_goes = (gold_moved > ROUNDING_M) | (gold_turned > ROUNDING_DEG)
-    return np.where(stays & looks_on & gold_goes, 0.0, np.nan_to_num(similarity))
+    stops = stays & looks_on & gold_goes  # not in the paper: stop-like plans
+    return np.where(stops, 0.0, np.nan_to_num(similarity))
 
 
 ROUNDING_M = 0.01  # what a plan's rounding leaves of a pose that stays where it is
@@ -177,7 +181,9 @@ def answer_reward(prediction, gold, task, kind):
         return 0.0
     metric = _metric_of(task, kind)
     if metric is None:
-        metric = numeric if len(_numbers(gold)) == 1 else exact
+        metric = exact  # not in the paper: other questions
+        if len(_numbers(gold)) == 1:
+            metric = numeric
         warnings.warn(f"appendix C.3 has no metric for {task} ({kind}): {metric.__name__} is used")
     return float(metric(prediction, gold))
 
@@ -192,13 +198,14 @@ def _metric_of(task, kind):
     return None
 
 
-LONGEST_ANSWER = 1000  # characters; the longest gold (view_change_infer) has 80  # not in the paper
+# In characters; the longest gold, a view_change_infer, has 80.
+LONGEST_ANSWER = 1000  # not in the paper: longest texts
 
 
 def selection(prediction, gold):
     """ "For multiple-choice questions, we use an exact-match criterion with a permissive
     first-character rule, allowing predictions such as "C. ..." to match the gold answer "C"." """
-    prediction = prediction.lower()  # case does not count; not in the paper
+    prediction = prediction.lower()  # not in the paper: matching
     gold = gold.lower()
     return prediction == gold or prediction[0] == gold
 
@@ -215,7 +222,7 @@ def mean_relative_accuracy(p, g):
     """ "MRA evaluates whether the relative error falls within a set of increasing tolerance
     intervals and averages the resulting binary accuracies." Ten of them, as the benchmark's own
     code has."""
-    error = abs(p - g) / abs(g) if g else abs(p - g)
+    error = abs(p - g) / abs(g) if g else abs(p - g)  # not in the paper: gold 0
     return float(np.mean(error <= 1 - THRESHOLDS))  # False for NaN and inf
 
 
@@ -246,7 +253,8 @@ def object_phrase(prediction, gold):
 
 def _soft(text):
     text = re.sub(r"\([^()]*\)", " ", text.lower())
-    return " ".join(word for word in re.findall(r"\w+", text) if word not in ("a", "an", "the"))
+    words = [word for word in re.findall(r"\w+", text) if word not in ("a", "an", "the")]
+    return " ".join(words)  # not in the paper: matching
 
 
 def camera_motion(prediction, gold):
@@ -258,9 +266,10 @@ def camera_motion(prediction, gold):
     if len(p) != 3 or len(g) != 3:
         return 0.0
     d_xy = math.hypot(p[0] - g[0], p[1] - g[1]) / 1000
-    d_depth = abs(p[2] - g[2]) / max(abs(g[2]), 0.1)  # not in the paper
+    d_depth = abs(p[2] - g[2]) / max(abs(g[2]), 0.1)
     score = 0.0
-    for weight, error, width in ((0.5, d_xy, 0.1), (0.5, d_depth, 0.25)):  # not in the paper
+    parts = ((0.5, d_xy, 0.1), (0.5, d_depth, 0.25))  # not in the paper: camera motion
+    for weight, error, width in parts:
         score += weight * math.exp(-min(error / width, 1e3) ** 2 / 2)
     return score
 
@@ -276,7 +285,8 @@ def view_change(prediction, gold):
     g = _motion(gold)
     if p is None or g is None:
         return 0.0
-    return sum(mean_relative_accuracy(p[axis], g[axis]) for axis in AXES) / len(AXES)
+    scores = [mean_relative_accuracy(p[axis], g[axis]) for axis in AXES]
+    return sum(scores) / len(AXES)  # not in the paper: view change
 
 
 def _motion(text):
@@ -320,7 +330,7 @@ METRICS = {  # of the fill questions, by how their task begins; select is always
     "distance_infer": object_phrase, "appearance_order": object_phrase,
     "position_matching": position_matching, "camera_motion_infer": camera_motion,
     "view_change_infer": view_change,
-    "camera_turn": camera_turn}  # not in the paper: the rooms' own task
+    "camera_turn": camera_turn}  # not in the paper: rooms
 
 
 # ------------------------------------------------------------------------------ C.4, format reward
@@ -334,8 +344,8 @@ def format_reward(text, views, block="action"):
     response = parse_response(text)
     # "R_format = 1 if and only if all of the following conditions are satisfied:
     # The output contains properly closed <action> and <answer> blocks." Once each, in this order,
-    # with something in them, and only white space around them.      # not in the paper: strictness
-    layout = rf"\s*<{block}>.*</{block}>\s*<answer>.*</answer>\s*"
+    # with something in them, and only white space around them.
+    layout = rf"\s*<{block}>.*</{block}>\s*<answer>.*</answer>\s*"  # not in the paper: strict form
     if response.answer is None or _block(text, block) is None or (
             not re.fullmatch(layout, text, re.DOTALL)):
         return 0.0
@@ -370,7 +380,8 @@ def gold_of(sample, plans=True):
     """The Gold of a geometry.Sample: its answer and, with plans, for which its poses are read, the
     teacher's plan for each pair of views. DataError if its own answer would not earn R_ans 1."""
     views = len(sample.images)
-    if answer_reward(sample.answer, sample.answer, sample.task, sample.kind) < 1:
+    fits = answer_reward(sample.answer, sample.answer, sample.task, sample.kind)
+    if fits < 1:  # not in the paper: unfit golds
         raise geometry.DataError(f"{sample.id}: no answer to a {sample.kind} question of "
                                  f"{sample.task} can match {sample.answer!r:.60}")
     actions = gold_plans([sample.pose(k) for k in range(views)]) if plans else {}
@@ -400,9 +411,11 @@ WEIGHTS = (1.0, 1.0, 1.0)  # Eq. 12
 def total_reward(text, gold, weights=WEIGHTS, tau_t=1.0, tau_r=30.0, block="action"):
     """R and its parts: {"total", "action", "answer", "format"}. gold: Gold.
 
-    With block "think" there are no actions to reward: R_act is 0 (not in the paper).
+    With block "think" there are no actions to reward.
     """
-    R_act = action_reward(text, gold.actions, tau_t, tau_r) if block == "action" else 0.0
+    R_act = 0.0  # not in the paper: language variant
+    if block == "action":
+        R_act = action_reward(text, gold.actions, tau_t, tau_r)
     R_ans = answer_reward(parse_response(text).answer, gold.answer, gold.task, gold.kind)
     R_fmt = format_reward(text, gold.views, block)
     R = weights[0] * R_act + weights[1] * R_ans + weights[2] * R_fmt  # Eq. 8

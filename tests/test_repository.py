@@ -64,8 +64,13 @@ def test_shared_files_need_no_torch(root):
             assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
 
 
+def pages(root):
+    """README and the pages that it links, in one text."""
+    return "\n".join(path.read_text() for path in [root / "README.md", *root.glob("docs/*.md")])
+
+
 def commands(readme):
-    """Command lines of the README's code blocks, with continued lines joined."""
+    """Command lines of the code blocks of a text, with continued lines joined."""
     blocks = [body for language, body in re.findall(r"```(\w*)\n(.*?)```", readme, re.DOTALL)
               if language == "bash"]
     text = "\n".join(blocks).replace("\\\n", " ")
@@ -73,8 +78,8 @@ def commands(readme):
 
 
 def test_commands_of_the_readme_exist(root):
-    """Every script that the README runs is there and knows every flag that the README gives it."""
-    readme, ran = (root / "README.md").read_text(), 0
+    """Every script that README and docs run is there and knows every flag that they give it."""
+    readme, ran = pages(root), 0
     for command in commands(readme):
         words = command.split()
         scripts = [word for word in words if word.endswith(".py")]
@@ -90,16 +95,30 @@ def test_commands_of_the_readme_exist(root):
     assert re.search(r"pip install [^\n]*-r requirements.txt && python -m pytest", readme)
 
 
-def test_readme_names_every_choice_that_the_paper_leaves_open(root):
-    """Each flag tagged "not in the paper" is in the README; so is each equation's function."""
-    readme = (root / "README.md").read_text()
+def test_every_choice_that_the_paper_leaves_open_is_listed(root):
+    """A tag names a row of the list, and each row is tagged where the choice is made; a tagged flag
+    is in its row, so that it is found there."""
+    rows = {}
+    for line in (root / "docs/choices.md").read_text().splitlines():
+        if line.startswith("| ") and not line.startswith("| name |"):
+            rows[line.split("|")[1].strip()] = line
+    tagged, flags = set(), 0
     for name, text in sources(root).items():
         for line in text.splitlines():
-            if line.rstrip().endswith("# not in the paper") and (
-                    flag := re.search(r'"(--[a-z0-9-]+)"', line)):
-                assert f"`{flag[1]}`" in readme, (
-                    f"{name}: {flag[1]} is not in the README's table of open choices")
-    for name, tags in EQUATIONS.items():
+            if "not in the paper" not in line or 'tagged "not in the paper: NAME"' in line:
+                continue
+            tag = re.search(r"# not in the paper: (.+)$", line)
+            assert tag and tag[1] in rows, f"{name}: {line.strip()}: no such row"
+            tagged.add(tag[1])
+            if flag := re.search(r'add_argument\("(--[a-z0-9-]+)"', line):
+                assert f"`{flag[1]}`" in rows[tag[1]], f"{flag[1]} is not in row {tag[1]}"
+                flags += 1
+    assert tagged == rows.keys() and flags >= 20, (rows.keys() - tagged, flags)
+
+
+def test_readme_maps_every_equation(root):
+    readme = (root / "README.md").read_text()
+    for tags in EQUATIONS.values():
         for k in tags:
             assert re.search(rf"\| {k} \|", readme), f"the README's map lacks Eq. {k}"
 
