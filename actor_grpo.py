@@ -419,14 +419,11 @@ def encode_prompt(tokenizer, processor, pictures, text, name):
     control = tokenizer.convert_tokens_to_ids([
         "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"])
     im_start, im_end, vision_start, vision_end, image_pad = control
-    ids = [im_start, *system, im_end, *newline]
-    ids += [im_start, *user]
+    ids = [im_start, *system, im_end, *newline, im_start, *user]
     for _, h, w in images["image_grid_thw"].tolist():  # in patches, merge_size^2 of them a token
         tokens = h * w // processor.merge_size**2
         ids += [vision_start, *[image_pad] * tokens, vision_end]
-    ids += [*text, im_end, *newline]
-    ids += [im_start, *assistant]
-    return ids, dict(images)
+    return [*ids, *text, im_end, *newline, im_start, *assistant], dict(images)
 
 
 class Prompt(NamedTuple):
@@ -603,15 +600,6 @@ def recompute_in_backward(block):
     block.forward = lambda hidden, **others: Recompute.apply(partial(run, **others), hidden)
 
 
-class Trained(NamedTuple):
-    """A tensor that trains: the model's own, its fp32 master, the master's AdamW, its lr."""
-
-    weight: torch.nn.Parameter
-    master: torch.nn.Parameter
-    adam: torch.optim.AdamW
-    lr: float
-
-
 class Optimizer:
     """Mixed precision by hand: AdamW on fp32 master copies of what trains in a 16-bit model.
 
@@ -629,7 +617,7 @@ class Optimizer:
         self.missed = []  # why each step since the last update changed nothing
         self.scale = 2.0**16 if dtype == torch.float16 else 1.0
         self.patience = 5 if self.scale == 1 else 25  # steps in a row; a lower scale may mend it
-        self.tensors = {}  # name: Trained
+        self.tensors = {}  # {name: (the model's tensor, its master, the master's AdamW)}
         home = torch.device("cpu") if args.offload else device
         for name, p in model.named_parameters():
             if p.requires_grad:
@@ -639,7 +627,7 @@ class Optimizer:
                 p.register_post_accumulate_grad_hook(partial(self.take, master))
                 lr = args.vision_lr if "visual." in name else args.lr
                 adam = torch.optim.AdamW([master], lr, args.betas, weight_decay=0, fused=True)
-                self.tensors[name] = Trained(p, master, adam, lr)
+                self.tensors[name] = p, master, adam
         place(model, dtype, device)
 
     @staticmethod
@@ -655,8 +643,7 @@ class Optimizer:
     def reduce(self):
         """Sum the gradient over processes, undo the scale. Returns its norm, maybe inf or NaN."""
         norms = []
-        for trained in self.tensors.values():
-            master = trained.master
+        for _, master, _ in self.tensors.values():
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
             if dist.is_initialized():
@@ -675,15 +662,15 @@ class Optimizer:
             self.missed = []
             shrink = min(1.0, self.clip / (norm + 1e-12))
             warm = min(1.0, self.t / max(self.warmup, 1))
-            for weight, master, adam, lr in self.tensors.values():
+            for p, master, adam in self.tensors.values():
                 master.grad *= shrink
-                adam.param_groups[0]["lr"] = lr * warm
+                adam.param_groups[0]["lr"] = adam.defaults["lr"] * warm
                 adam.step()
-                weight.data.copy_(master.data)
+                p.data.copy_(master.data)
         else:
             self.good = 0
-        for trained in self.tensors.values():
-            trained.master.grad = None
+        for _, master, _ in self.tensors.values():
+            master.grad = None
         if self.scale > 1 and not finite:
             self.scale /= 2
         elif self.scale > 1 and self.good % 1000 == 0:
@@ -699,21 +686,17 @@ class Optimizer:
             self.scale = state["scale"]
         for kind, file in state["files"].items():
             try:
-                with safe_open(out / file, framework="pt") as saved:
-                    for name in self.tensors:
-                        self.load_tensor(name, kind, saved.get_tensor(name))
+                saved = load_file(out / file)
             except (OSError, SafetensorError) as error:
                 raise geometry.DataError(f"{out / file}: this file of the checkpoint cannot be read"
                                          f" ({error}); start over without --resume") from None
-
-    def load_tensor(self, name, kind, saved):
-        weight, master, adam, _ = self.tensors[name]
-        if kind == "master":
-            master.data.copy_(saved)
-            weight.data.copy_(saved)
-        else:  # a copy, or the file would stay on the disk when it is deleted
-            adam.state[master][kind] = saved.to(master.device, copy=True)
-            adam.state[master]["step"] = torch.tensor(float(self.t), device=master.device)
+            for name, (p, master, adam) in self.tensors.items():
+                if kind == "master":
+                    master.data.copy_(saved[name])
+                    p.data.copy_(saved[name])
+                else:  # a copy, or the file would stay on the disk when it is deleted
+                    adam.state[master][kind] = saved[name].to(master.device, copy=True)
+                    adam.state[master]["step"] = torch.tensor(float(self.t), device=master.device)
 
 
 def place(model, dtype, device):
@@ -733,7 +716,7 @@ def save_checkpoint(out, state, optimizer):
               "missed": optimizer.missed}
     for kind, file in files.items():
         tensors = {}
-        for name, (_, master, adam, _) in optimizer.tensors.items():
+        for name, (_, master, adam) in optimizer.tensors.items():
             tensor = master.detach()
             if kind != "master":  # there is no moment before the first update
                 tensor = adam.state[master].get(kind, torch.zeros_like(tensor))
@@ -786,12 +769,12 @@ def settle(p, argv, values):
 
 
 def begin(args, walk, source):
-    """Make or find --out, and see that it is this run's. DataError if it is not.
-
-    Returns the run's identity, which every checkpoint holds: its arguments, and fingerprints of
-    data and start model, whose files are read whole for it, since a resumed run on other samples or
-    weights would be wrong without a word; the state to resume from, {} for a new run; and what
-    keeps --out locked while it is held.
+    """Make or find --out, which must be this run's, or DataError. Returns
+    - the run's identity, which every checkpoint holds: its arguments, and fingerprints of data and
+      start model. Their files are read whole for it: a run that was resumed on other samples or
+      weights would be wrong without a word;
+    - the state to resume from, {} for a new run;
+    - what keeps --out locked while it is held.
     """
     out = Path(args.out)
     if out.resolve() == source.resolve():
@@ -899,24 +882,10 @@ def load_model(path, headers):
     return model, tokenizer
 
 
-def count_weights(headers, frozen):
-    """(how many numbers all weights are, [of each tensor that trains]) of find_model's headers;
-    frozen: --freeze."""
-    trained = []
-    for name, (numbers, _) in headers.items():
-        part = "vision" if name.startswith("visual.") else "language"
-        if part != frozen:
-            trained.append(numbers)
-    return sum(numbers for numbers, _ in headers.values()), trained
-
-
-def freeze(model, frozen):
-    """Keep a part of the model as it is; frozen: "vision", "language" or "nothing"."""
-    if frozen == "vision":
-        model.model.visual.requires_grad_(False)
-    elif frozen == "language":
-        model.model.language_model.requires_grad_(False)
-        model.lm_head.requires_grad_(False)
+def trains(name, frozen):
+    """Whether a tensor trains, by its plain name; frozen: "vision", "language" or "nothing"."""
+    part = "vision" if name.startswith("visual.") else "language"
+    return part != frozen
 
 
 def save_model(model, source, out, optimizer):
@@ -925,7 +894,7 @@ def save_model(model, source, out, optimizer):
     All else leaves as it came: other tensors bit for bit, dtypes, names, shards, json files. So
     what reads the source reads `out`. Moved there when all is written: a kill harms no model.
     """
-    masters = {one.weight: one.master.detach() for one in optimizer.tensors.values()}
+    masters = {p: master.detach() for p, master, _ in optimizer.tensors.values()}
     trained = {}
     for name, p in model.named_parameters(remove_duplicate=False):  # tied weights have two names
         if p in masters:
@@ -990,12 +959,11 @@ def gather(items):
 def memory_line(weights, trained, tokens, dtype, device, offload=False, pixels=0):
     """A line that says how much memory a run will take, and what to do if less is free.
 
-    weights: how many numbers all weights are; trained: how many each trained tensor is; tokens: how
-    many the activations are of; pixels: of the held-out pictures. By arithmetic: a trained number
-    has an fp32 master, a gradient and two moments; the largest tensor's new gradient stands beside
-    them; a token takes 256 KiB; the libraries 0.3 GiB. On the host a tenth of the state comes on
-    top, which freed tensors leave unusable, and where masters are on a GPU their copy, which a
-    checkpoint is written from.
+    weights: how many numbers all weights are; trained: how many each trained tensor is; tokens of
+    which activations are kept; pixels of the held-out pictures. By arithmetic: a trained number has
+    an fp32 master, a gradient and two moments, on the host a tenth more, which freed tensors leave
+    unusable; the largest tensor's new gradient stands beside them. A checkpoint is written from a
+    copy on the host.
     """
     masters_are_weights = dtype == torch.float32 and not offload
     state = sum(trained) * (12 if masters_are_weights else 16)
@@ -1003,18 +971,14 @@ def memory_line(weights, trained, tokens, dtype, device, offload=False, pixels=0
     work = dtype.itemsize * (weights + max(trained, default=0)) + tokens * 2**18 + libraries
     heldout = 6 * dtype.itemsize * pixels  # three colours; the encoder takes each picture twice
     free = {}
-    if device.type == "cpu":
-        need = {"host": work + 1.1 * state + heldout}
-    elif offload:
-        need = {"GPU": work, "host": 1.1 * state + heldout + libraries}
-    else:
-        need = {"GPU": work + state, "host": 4 * sum(trained) + heldout + libraries}
+    need = {"host": work + 1.1 * state + heldout}
     if device.type == "cuda":
+        on_gpu, on_host = (0, 1.1 * state) if offload else (state, 4 * sum(trained))
+        need = {"GPU": work + on_gpu, "host": on_host + heldout + libraries}
         free["GPU"] = torch.cuda.mem_get_info(device)[0]
     if Path("/proc/meminfo").exists():  # Linux
         available = re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())
-        if available:
-            free["host"] = 1024 * int(available[1])
+        free["host"] = 1024 * int(available[1]) if available else math.inf
     line = "memory  " + ", ".join(f"{where} {need[where] / 2**30:.1f} GiB" for where in need)
     if any(need[where] > free.get(where, math.inf) for where in need):
         line += ", more than is free: --freeze, --offload (on a GPU), fewer --max-pixels take less"
@@ -1126,7 +1090,8 @@ def main(argv=None):
         f"{args.batch} prompts x {args.group} completions a step over {world} process(es); "
         f"{args.steps - start:,} steps. Watch the reward: the loss starts near 0 by construction")
     say(f"model   {args.model}: {dtype} on {device}, {args.freeze} frozen")
-    weights, trained = count_weights(headers, args.freeze)
+    weights = sum(numbers for numbers, _ in headers.values())
+    trained = [numbers for name, (numbers, _) in headers.items() if trains(name, args.freeze)]
     if args.beta:
         weights *= 2  # the reference
     tokens = 3 * args.max_pixels // 784 + 512 + args.group * 288  # of a prompt, of its completions
@@ -1134,7 +1099,8 @@ def main(argv=None):
 
     # the policy in its working dtype, with fp32 masters of what trains; the frozen reference
     model, tokenizer = load_model(source, headers)
-    freeze(model, args.freeze)
+    for name, p in model.named_parameters():
+        p.requires_grad_(trains(plain(name), args.freeze))
     if not args.no_recompute:
         for vision_block in model.model.visual.blocks:
             recompute_in_backward(vision_block)

@@ -762,25 +762,17 @@ def ask_all(items, args, path, say, rank, world, device, dtype):
     if rank == 0:
         shown_steps = geometry.progress(shown_steps, steps, "answering")
     for _ in shown_steps:
-        questions = [one for one in itertools.islice(prepared, share) if one]
-        write_answers(model, tokenizer, [one for one in questions if one.prompt], args)
-        lines = gather([question.line for question in questions])
+        asked = [one for one in itertools.islice(prepared, share) if one]
+        write_answers(model, tokenizer, [one for one in asked if one[2]], args)
+        lines = gather([line for _, line, _ in asked])
         if rank == 0:
             with open(path, "a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
-class Question(NamedTuple):
-    """An Item to be asked, its line for predictions.jsonl, and (ids, images) for the model; None
-    where it cannot be asked: the line says why."""
-
-    item: Item
-    line: dict
-    prompt: tuple | None
-
-
 def ask(items, args, tokenizer, processor, k):
-    """The Question of items[k]; None behind the last."""
+    """items[k], its line for predictions.jsonl, and (ids, images) for the model, None where it
+    cannot be asked: the line says why. None behind the last."""
     if k >= len(items):
         return None
     item = items[k]
@@ -791,29 +783,27 @@ def ask(items, args, tokenizer, processor, k):
             pictures = [Image.new("RGB", picture.size, "grey") for picture in pictures]
         text = prompt_of(item, args.bench, args.mode)
         prompt = encode_prompt(tokenizer, processor, pictures, text, item.id)
-        return Question(item, line, prompt)
+        return item, line, prompt
     except (OSError, ValueError, TypeError) as error:  # DataError is a ValueError
-        return Question(item, line | {"skipped": str(error)}, None)
+        return item, line | {"skipped": str(error)}, None
 
 
-def write_answers(model, tokenizer, questions, args):
-    """Put the model's response into the line of each Question. DataError where it has none."""
-    if not questions:
+def write_answers(model, tokenizer, asked, args):
+    """Put the model's responses into the lines of what `ask` returned. DataError without one."""
+    if not asked:
         return
     longest = BENCHES[args.bench].longest
     if args.mode == "action":
-        pairs = max(len(rewards.required_pairs(question.item.views)) for question in questions)
-        longest = 96 + 64 * pairs
+        longest = 96 + 64 * max(len(rewards.required_pairs(item.views)) for item, *_ in asked)
     elif args.mode == "language":
         longest = 256
-    prompts = [question.prompt for question in questions]
+    prompts = [prompt for *_, prompt in asked]
     texts = generate_greedily(model, tokenizer, prompts, args.max_new_tokens or longest)
-    for question, text in zip(questions, texts):
+    for (item, line, _), text in zip(asked, texts):
         if text is None:
-            raise geometry.DataError(
-                f"{question.item.id} ({question.item.task}): the model's logits are not finite in "
-                f"--precision {args.precision}; try another one")
-        question.line["response"] = text
+            raise geometry.DataError(f"{item.id} ({item.task}): the model's logits are not finite "
+                                     f"in --precision {args.precision}; try another one")
+        line["response"] = text
 
 
 def continue_predictions(path, items, args, source, say):
@@ -1170,14 +1160,11 @@ def encode_prompt(tokenizer, processor, pictures, text, name):
     control = tokenizer.convert_tokens_to_ids([
         "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"])
     im_start, im_end, vision_start, vision_end, image_pad = control
-    ids = [im_start, *system, im_end, *newline]
-    ids += [im_start, *user]
+    ids = [im_start, *system, im_end, *newline, im_start, *user]
     for _, h, w in images["image_grid_thw"].tolist():  # in patches, merge_size^2 of them a token
         tokens = h * w // processor.merge_size**2
         ids += [vision_start, *[image_pad] * tokens, vision_end]
-    ids += [*text, im_end, *newline]
-    ids += [im_start, *assistant]
-    return ids, dict(images)
+    return [*ids, *text, im_end, *newline, im_start, *assistant], dict(images)
 
 
 def generate_greedily(model, tokenizer, prompts, longest):
@@ -1208,9 +1195,7 @@ def generate_greedily(model, tokenizer, prompts, longest):
             logits_processor=[partial(count_sound, sound, L)])
     texts = []
     for tokens, steps in zip(written[:, L:].tolist(), sound.tolist()):
-        length = 0
-        while length < len(tokens) and tokens[length] not in end:
-            length += 1
+        length = min([k for k, token in enumerate(tokens) if token in end], default=len(tokens))
         decided = min(length + 1, len(tokens))  # with the end token
         texts.append(tokenizer.decode(tokens[:length]) if steps >= decided else None)
     return texts

@@ -41,7 +41,6 @@ from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # read when torch is imported: without it freed
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # memory lies in pieces
@@ -477,15 +476,6 @@ def recompute_in_backward(block):
     block.forward = lambda hidden, **others: Recompute.apply(partial(run, **others), hidden)
 
 
-class Trained(NamedTuple):
-    """A tensor that trains: the model's own, its fp32 master, the master's AdamW, its lr."""
-
-    weight: torch.nn.Parameter
-    master: torch.nn.Parameter
-    adam: torch.optim.AdamW
-    lr: float
-
-
 class Optimizer:
     """Mixed precision by hand: AdamW on fp32 master copies of what trains in a 16-bit model.
 
@@ -503,7 +493,7 @@ class Optimizer:
         self.missed = []  # why each step since the last update changed nothing
         self.scale = 2.0**16 if dtype == torch.float16 else 1.0
         self.patience = 5 if self.scale == 1 else 25  # steps in a row; a lower scale may mend it
-        self.tensors = {}  # name: Trained
+        self.tensors = {}  # {name: (the model's tensor, its master, the master's AdamW)}
         home = torch.device("cpu") if args.offload else device
         for name, p in model.named_parameters():
             if p.requires_grad:
@@ -513,7 +503,7 @@ class Optimizer:
                 p.register_post_accumulate_grad_hook(partial(self.take, master))
                 lr = args.vision_lr if "visual." in name else args.lr
                 adam = torch.optim.AdamW([master], lr, args.betas, weight_decay=0, fused=True)
-                self.tensors[name] = Trained(p, master, adam, lr)
+                self.tensors[name] = p, master, adam
         place(model, dtype, device)
 
     @staticmethod
@@ -529,8 +519,7 @@ class Optimizer:
     def reduce(self):
         """Sum the gradient over processes, undo the scale. Returns its norm, maybe inf or NaN."""
         norms = []
-        for trained in self.tensors.values():
-            master = trained.master
+        for _, master, _ in self.tensors.values():
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
             if dist.is_initialized():
@@ -549,15 +538,15 @@ class Optimizer:
             self.missed = []
             shrink = min(1.0, self.clip / (norm + 1e-12))
             warm = min(1.0, self.t / max(self.warmup, 1))
-            for weight, master, adam, lr in self.tensors.values():
+            for p, master, adam in self.tensors.values():
                 master.grad *= shrink
-                adam.param_groups[0]["lr"] = lr * warm
+                adam.param_groups[0]["lr"] = adam.defaults["lr"] * warm
                 adam.step()
-                weight.data.copy_(master.data)
+                p.data.copy_(master.data)
         else:
             self.good = 0
-        for trained in self.tensors.values():
-            trained.master.grad = None
+        for _, master, _ in self.tensors.values():
+            master.grad = None
         if self.scale > 1 and not finite:
             self.scale /= 2
         elif self.scale > 1 and self.good % 1000 == 0:
@@ -573,21 +562,17 @@ class Optimizer:
             self.scale = state["scale"]
         for kind, file in state["files"].items():
             try:
-                with safe_open(out / file, framework="pt") as saved:
-                    for name in self.tensors:
-                        self.load_tensor(name, kind, saved.get_tensor(name))
+                saved = load_file(out / file)
             except (OSError, SafetensorError) as error:
                 raise geometry.DataError(f"{out / file}: this file of the checkpoint cannot be read"
                                          f" ({error}); start over without --resume") from None
-
-    def load_tensor(self, name, kind, saved):
-        weight, master, adam, _ = self.tensors[name]
-        if kind == "master":
-            master.data.copy_(saved)
-            weight.data.copy_(saved)
-        else:  # a copy, or the file would stay on the disk when it is deleted
-            adam.state[master][kind] = saved.to(master.device, copy=True)
-            adam.state[master]["step"] = torch.tensor(float(self.t), device=master.device)
+            for name, (p, master, adam) in self.tensors.items():
+                if kind == "master":
+                    master.data.copy_(saved[name])
+                    p.data.copy_(saved[name])
+                else:  # a copy, or the file would stay on the disk when it is deleted
+                    adam.state[master][kind] = saved[name].to(master.device, copy=True)
+                    adam.state[master]["step"] = torch.tensor(float(self.t), device=master.device)
 
 
 def place(model, dtype, device):
@@ -607,7 +592,7 @@ def save_checkpoint(out, state, optimizer):
               "missed": optimizer.missed}
     for kind, file in files.items():
         tensors = {}
-        for name, (_, master, adam, _) in optimizer.tensors.items():
+        for name, (_, master, adam) in optimizer.tensors.items():
             tensor = master.detach()
             if kind != "master":  # there is no moment before the first update
                 tensor = adam.state[master].get(kind, torch.zeros_like(tensor))
@@ -660,12 +645,12 @@ def settle(p, argv, values):
 
 
 def begin(args, walk, source):
-    """Make or find --out, and see that it is this run's. DataError if it is not.
-
-    Returns the run's identity, which every checkpoint holds: its arguments, and fingerprints of
-    data and start model, whose files are read whole for it, since a resumed run on other samples or
-    weights would be wrong without a word; the state to resume from, {} for a new run; and what
-    keeps --out locked while it is held.
+    """Make or find --out, which must be this run's, or DataError. Returns
+    - the run's identity, which every checkpoint holds: its arguments, and fingerprints of data and
+      start model. Their files are read whole for it: a run that was resumed on other samples or
+      weights would be wrong without a word;
+    - the state to resume from, {} for a new run;
+    - what keeps --out locked while it is held.
     """
     out = Path(args.out)
     if out.resolve() == source.resolve():
@@ -779,7 +764,7 @@ def save_model(model, source, out, optimizer):
     All else leaves as it came: other tensors bit for bit, dtypes, names, shards, json files. So
     what reads the source reads `out`. Moved there when all is written: a kill harms no model.
     """
-    masters = {one.weight: one.master.detach() for one in optimizer.tensors.values()}
+    masters = {p: master.detach() for p, master, _ in optimizer.tensors.values()}
     trained = {}
     for name, p in model.named_parameters(remove_duplicate=False):  # tied weights have two names
         if p in masters:
@@ -844,12 +829,11 @@ def gather(items):
 def memory_line(weights, trained, tokens, dtype, device, offload=False, pixels=0):
     """A line that says how much memory a run will take, and what to do if less is free.
 
-    weights: how many numbers all weights are; trained: how many each trained tensor is; tokens: how
-    many the activations are of; pixels: of the held-out pictures. By arithmetic: a trained number
-    has an fp32 master, a gradient and two moments; the largest tensor's new gradient stands beside
-    them; a token takes 256 KiB; the libraries 0.3 GiB. On the host a tenth of the state comes on
-    top, which freed tensors leave unusable, and where masters are on a GPU their copy, which a
-    checkpoint is written from.
+    weights: how many numbers all weights are; trained: how many each trained tensor is; tokens of
+    which activations are kept; pixels of the held-out pictures. By arithmetic: a trained number has
+    an fp32 master, a gradient and two moments, on the host a tenth more, which freed tensors leave
+    unusable; the largest tensor's new gradient stands beside them. A checkpoint is written from a
+    copy on the host.
     """
     masters_are_weights = dtype == torch.float32 and not offload
     state = sum(trained) * (12 if masters_are_weights else 16)
@@ -857,18 +841,14 @@ def memory_line(weights, trained, tokens, dtype, device, offload=False, pixels=0
     work = dtype.itemsize * (weights + max(trained, default=0)) + tokens * 2**18 + libraries
     heldout = 6 * dtype.itemsize * pixels  # three colours; the encoder takes each picture twice
     free = {}
-    if device.type == "cpu":
-        need = {"host": work + 1.1 * state + heldout}
-    elif offload:
-        need = {"GPU": work, "host": 1.1 * state + heldout + libraries}
-    else:
-        need = {"GPU": work + state, "host": 4 * sum(trained) + heldout + libraries}
+    need = {"host": work + 1.1 * state + heldout}
     if device.type == "cuda":
+        on_gpu, on_host = (0, 1.1 * state) if offload else (state, 4 * sum(trained))
+        need = {"GPU": work + on_gpu, "host": on_host + heldout + libraries}
         free["GPU"] = torch.cuda.mem_get_info(device)[0]
     if Path("/proc/meminfo").exists():  # Linux
         available = re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())
-        if available:
-            free["host"] = 1024 * int(available[1])
+        free["host"] = 1024 * int(available[1]) if available else math.inf
     line = "memory  " + ", ".join(f"{where} {need[where] / 2**30:.1f} GiB" for where in need)
     if any(need[where] > free.get(where, math.inf) for where in need):
         line += ", more than is free: --freeze, --offload (on a GPU), fewer --max-pixels take less"

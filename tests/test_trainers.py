@@ -105,7 +105,7 @@ def test_optimizer_equals_the_library(dtype, warmup, lr):
         clipped.add(wanted > 1e-2)
         assert norm == pytest.approx(wanted, rel=1e-4) and norm > 0
     assert clipped == {True, False} and len(alive) == 120 and not any(alive)
-    for (p, master, _, _), wanted, rate in zip(
+    for (p, master, _), wanted, rate in zip(
             optimizer.tensors.values(), trained, rates, strict=True):
         torch.testing.assert_close(master, wanted, rtol=0, atol=1e-2 * rate)
         assert p.dtype == dtype and torch.equal(p, master.to(dtype))
@@ -176,7 +176,7 @@ def test_peak_memory(dtype, start, made, stepped, steps):
         model = torch.nn.Sequential(*[torch.nn.Linear(64, 64, dtype=start) for _ in range(40)])
         optimizer = optimizer_of(model, dtype)
         for _ in range(steps):
-            for _, master, _, _ in optimizer.tensors.values():
+            for _, master, _ in optimizer.tensors.values():
                 master.grad = torch.ones_like(master)
             optimizer.step(optimizer.reduce())
     size, most = 40 * 65 * 64, stepped if steps else max(made, start.itemsize)
@@ -266,7 +266,7 @@ def test_kill_while_a_run_is_saved(tiny_model, tmp_path):
 
     def save():
         number = next(numbers)
-        for _, master, adam, _ in optimizer.tensors.values():
+        for _, master, adam in optimizer.tensors.values():
             master.data.fill_(number)
             adam.state[master] = dict.fromkeys(("exp_avg", "exp_avg_sq"), master.detach().clone())
         pasta.save_checkpoint(out, {"step": number, "args": {"steps": 0}}, optimizer)
