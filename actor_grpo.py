@@ -492,7 +492,7 @@ def roll_out_groups(model, reference, tokenizer, prompts, args, step):
         texts = [tokenizer.decode(one[kept]) for one, kept in zip(tokens, mask & ~ended)]
         # 3  score them: R = R_act + R_ans + R_fmt
         scores = [rewards.total_reward(text, prompt.gold, args.weights, args.tau_t, args.tau_r,
-                                       block_name) for text in texts]
+                                       block=block_name) for text in texts]
         # 4  compare within the group
         R = torch.tensor([score["total"] for score in scores])
         A = group_advantages(R).to(model.device)
