@@ -11,9 +11,10 @@ One step, with the numbers that its parts carry below:
     5  log p of the completions under the frozen start model           group_log_probs
     6  update: clipped ratio, minus beta KL to the start model         update, grpo_loss
 
-All G completions have the same prompt, thousands of image tokens long. It is computed once, and the
-completions continue from its keys and values (block); gradients flow back through them, so this
-equals G separate rows to rounding. Sampling does so for the completions of all prompts at once.
+All G completions have the same prompt, most of it image tokens (three 448x448 views: 768). It is
+computed once, and the completions continue from its keys and values (block). Gradients flow back
+through these, so the result equals that of G separate rows, but for rounding. Sampling does the
+same for the completions of all prompts at once.
 
     python actor_grpo.py                           # reads out/cold_start, writes out/grpo
     python actor_grpo.py --data /path/to/spar      # the paper's values
@@ -27,7 +28,7 @@ Axes: B prompts, G completions, R rows, L prompt tokens, T new tokens, D feature
 head.
 
 Deviations from DeepSeekMath's Eq. 3 and 4: the reference is the start model for the whole run (one
-outer iteration); A is divided by std + 1e-4, and exactly 0 in a group without spread; log-ratios
+outer iteration); A = (R - mean) / (std + 1e-4), and exactly 0 in a group without spread; log-ratios
 are clamped to +-20; log p is that of the tempered policy, over all words, while sampling leaves the
 vision tokens out.
 Beyond the paper: the choices tagged "not in the paper: NAME"; docs/choices.md lists them.
@@ -50,8 +51,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # read when torch is imported: without it freed
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # memory lies in pieces
+# Torch reads this when it is imported. Without it, freed memory is left in pieces of no use.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import numpy as np
 import torch
@@ -70,7 +72,7 @@ import rewards
 
 MADE_BY = {"out/cold_start": "python actor_sft.py --target actions"}  # and what writes it
 MAY_BE_0 = ("seed", "warmup", "beta")  # arguments
-END = ["<|im_end|>", "<|endoftext|>"]  # of a turn; of a text, which a base model may write instead
+END = ["<|im_end|>", "<|endoftext|>"]  # end a turn; end a text, as a base model may do instead
 BANNED = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",  # not in the paper: sampling
           "<|image_pad|>", "<|video_pad|>"]
 
@@ -158,12 +160,12 @@ def parse_args(argv=None):
 def group_advantages(R):
     """A (G,): how much better each completion is than its group, in standard deviations.
 
-    R (G,) rewards. A group whose rewards are all equal has no better and no worse: exactly 0, since
-    even equal float numbers can have a standard deviation that is not.
+    R (G,) rewards. If they are all equal, A is set to 0: rounding can leave equal float numbers a
+    mean that differs from them and a standard deviation above 0. `std` divides by G - 1.
     """
     if R.max() - R.min() < 1e-6:
         return torch.zeros_like(R)
-    return (R - R.mean()) / (R.std() + 1e-4)  # ddof 1  # not in the paper: advantage
+    return (R - R.mean()) / (R.std() + 1e-4)  # not in the paper: advantage
 
 
 def grpo_loss(log_p, old, ref, A, mask, clip_ratio, beta):
@@ -177,10 +179,10 @@ def grpo_loss(log_p, old, ref, A, mask, clip_ratio, beta):
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
     gain = torch.minimum(ratio * A[:, None], clipped * A[:, None])  # (G, T)
-    k3 = torch.zeros_like(log_p)
+    k3 = torch.zeros_like(log_p)  # Schulman's name for the estimate of KL in DeepSeekMath's Eq. 4
     if beta:
-        log_r = (ref - log_p).clamp(-20, 20)
-        k3 = log_r.exp() - log_r - 1  # unbiased and never negative, (G, T)
+        log_r = (ref - log_p).clamp(-20, 20)  # of the reference's p to the policy's
+        k3 = log_r.exp() - log_r - 1  # never negative, (G, T)
     per_token = -(gain - beta * k3) * mask
     length = mask.sum(-1)  # (G,)
     loss = (per_token.sum(-1) / length).mean()  # mean of each sequence, then of the group
@@ -195,10 +197,11 @@ def block(layer, x, past_k, past_v, cos, sin, mask, join):
     """One layer of the language model on new tokens that stand behind others' keys and values.
 
     x (R, T, D); past_k, past_v (1 or R, heads, C, d); cos, sin (1 or R, T, d) of the new positions;
-    join: how new keys come to the past ones, `append` or `overwrite`; mask (1 or R, 1, T, columns)
-    bool, or None: causal. Returns x, and joined k and v. With `append` a function of its inputs: it
-    can be recomputed, and what the new tokens ask of the past flows back into it. Which token (row)
-    sees which column, in a prompt and in a group behind a prompt of four tokens:
+    join: `append` or `overwrite`, which puts the new k and v with the past ones; mask (1 or R, 1,
+    T, columns) bool, or None for a prompt, which has no past: causal. Returns x, and joined k and
+    v. With `append` nothing is changed in place: the block can be recomputed, and gradients flow
+    from the new tokens into the past. Which token (row) sees which column, on the left in a prompt,
+    on the right in a group behind a prompt of four tokens:
 
         first token     # . .        first token, of each completion     # # # #   # . .
         second          # # .        second                              # # # #   # # .
@@ -229,8 +232,8 @@ def overwrite(past, new):
 
 
 def attend(q, k, v, mask):
-    """Attention; q may have several heads for each of k's. With a mask these are folded into the
-    tokens, since no fused kernel of CUDA takes both a mask and grouped heads."""
+    """Attention; q has `shared` heads for each head of k and v. With a mask, these heads are laid
+    out as further tokens: no fused kernel of CUDA takes both a mask and grouped heads."""
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     shared = q.shape[1] // k.shape[1]
@@ -262,8 +265,10 @@ def zero_memory(model, rows, columns):
 
 def read_prompt(model, prompt, images, past, join, recompute=False):
     """A prompt, computed once for its whole group: last feature (1, 1, D), (k, v) of each layer.
-    images: its image tokens (sum of h * w, D), or None; past: no columns to `append` to, or as many
-    as it has tokens to `overwrite`."""
+
+    images: what encode_images returns for it, or None: then they are encoded here. past, join:
+    memory of 0 columns and `append`, or memory of L columns and `overwrite`.
+    """
     ids = prompt.ids.to(model.device)[None]
     if images is None:
         images = encode_images(model, prompt)
@@ -275,7 +280,7 @@ def read_prompt(model, prompt, images, past, join, recompute=False):
 
 
 def encode_images(model, prompt):
-    """Image tokens (sum of h * w, D) of a prompt, in the order in which it has them."""
+    """The features of a prompt's image tokens, (image tokens, D), in the order of the prompt."""
     pixels, grids = (prompt.images[key].to(model.device)
                      for key in ("pixel_values", "image_grid_thw"))
     return model.model.visual(pixels, grid_thw=grids).pooler_output
@@ -286,13 +291,14 @@ def group_log_probs(model, prompt, tokens, mask, temperature, images=None, recom
 
     tokens, mask (G, T): completions, all behind the same prompt; temperature: that of sampling.
     """
-    (G, T), L = tokens.shape, len(prompt.ids)
+    G, T = tokens.shape
+    L = len(prompt.ids)
     last, past = read_prompt(model, prompt, images, zero_memory(model, 1, 0), append, recompute)
     sees = torch.ones(1, 1, T, L + T, dtype=torch.bool, device=tokens.device).tril(L)
     after = prompt.positions.max() + 1 + torch.arange(T, device=tokens.device)
     own, _ = run_layers(model, model.get_input_embeddings()(tokens), after.expand(3, 1, T), past,
                         sees, append, recompute)
-    # the features of a token predict the one after it; the prompt's last one, every first token
+    # the features of a token predict the next one; those of the prompt's last token, the first
     predicts = torch.cat([last.expand(G, 1, -1), own[:, :-1]], dim=1)  # (G, T, D)
     log_p = log_probs(predicts[mask] / temperature, model.lm_head.weight, tokens[mask])
     return torch.zeros(G, T, device=tokens.device).masked_scatter(mask, log_p)
@@ -300,21 +306,25 @@ def group_log_probs(model, prompt, tokens, mask, temperature, images=None, recom
 
 @torch.no_grad()
 def rollout(model, prompts, images, noise, temperature, banned, end):
-    """Sample G completions of each of B prompts together: of each tokens, mask, log p, (G, T).
+    """Sample G completions of each of B prompts together. Returns a list: for each prompt tokens,
+    mask, log p, each (G, T), with T the length of its longest completion.
 
-    images: image tokens of each prompt, or None; noise (B, G, longest) uniform; banned, end: token
-    ids, tensors. mask: up to and with the first end token, or the prompt's own `longest`. All keys
-    and values lie in one memory: 0.45 GiB at 3B for 4 x 8 completions, three 448x448 views.
-    At each step the G newest tokens of a prompt are G queries at one position. Each sees the prompt
-    and, of every step, its own column. In the third step, three completions of a prompt of five
-    tokens, where the longest prompt has L = 7:
+    images: for each prompt its image tokens, or None; noise (B, G, longest) uniform; banned, end:
+    tensors of token ids. mask: True up to and with the first end token, at most prompt.longest. All
+    keys and values lie in one memory: 0.45 GiB at 3B for 4 x 8 completions, three 448x448 views.
+
+    At each step run_layers gets one row a prompt, R = B, and the G newest tokens of a prompt stand
+    where it has T new ones, all at one position. Each sees the prompt and, of every step, the
+    column of its own completion. The mask of three completions after the third step, behind a
+    prompt of five tokens where the longest prompt has L = 7:
 
                     prompt             step 1    step 2    step 3
         first       . . # # # # #      # . .     # . .     # . .
         second      . . # # # # #      . # .     . # .     . # .
         third       . . # # # # #      . . #     . . #     . . #
     """
-    (B, G, longest), device = noise.shape, noise.device
+    B, G, longest = noise.shape
+    device = noise.device
     L = max(len(prompt.ids) for prompt in prompts)
     memory = zero_memory(model, B, L + G * longest)
     sees = torch.eye(G, dtype=torch.bool, device=device).repeat(B, 1, 1, longest)
@@ -333,7 +343,7 @@ def rollout(model, prompts, images, noise, temperature, banned, end):
     log_p = torch.zeros_like(noise, dtype=torch.float32)
     rows = torch.arange(B, device=device)  # the prompts that are still in the batch
     for t in range(longest):
-        if t > 0 and t % 16 == 0:  # not at every step: who asks, waits for the GPU
+        if t > 0 and t % 16 == 0:  # drop prompts that have ended; rarely, as it waits for the GPU
             ended = torch.isin(tokens[rows, :, :t], end).any(-1) | (budget[rows, None] <= t)
             left = (~ended).any(-1).nonzero()[:, 0]
             if len(left) == 0:
@@ -363,8 +373,8 @@ def rollout(model, prompts, images, noise, temperature, banned, end):
 def sample_tokens(logits, u, temperature, banned):
     """One token a row, and its log p: logits (N, W), u (N,) uniform in [0, 1) -> (N,), (N,).
 
-    The inverse of the cumulative distribution. Only the words `banned`, a tensor, never come; log p
-    is over all words, as in the objective.
+    u is looked up in the cumulative distribution of all words but `banned`, a tensor of ids. log p
+    is still that over all words, as in the objective.
     """
     log_p = torch.log_softmax(logits.float() / temperature, -1)  # (N, W)
     p = log_p.exp().index_fill(-1, banned, 0)
@@ -375,18 +385,20 @@ def sample_tokens(logits, u, temperature, banned):
 
 
 def uniforms(seed, step, prompt, G, T):
-    """The noise of one group, (G, T): a function of seed, step, prompt and completion alone, so
-    that a resumed run, or one on more processes, samples the same."""
-    return torch.tensor(np.stack([
-        np.random.default_rng([seed, 3, step, prompt, g]).random(T) for g in range(G)]))
+    """The noise of one group, (G, T): a function of seed, step, the prompt's number in the step and
+    the completion's in the group, so that a resumed run, or one on more processes, samples the
+    same. The 3 keeps it apart from the draws of geometry.Walk, which have 0 and 1 there."""
+    rows = [np.random.default_rng([seed, 3, step, prompt, g]).random(T) for g in range(G)]
+    return torch.tensor(np.stack(rows))
 
 
 def log_probs(hidden, weight, targets, chunk=128):
     """log p of target words: hidden (T, D), weight (W, D), targets (T,) -> (T,) fp32.
 
     In chunks of positions, each computed again in the backward pass, so that logits never exist for
-    all of them: of 151,936 words and 2,000 tokens they are 1.2 GB, three times. The weight is an
-    input of each chunk, so that autograd adds up its gradient before the optimiser takes it.
+    all positions: of 2,000 tokens and 151,936 words they would take 1.2 GB, and autograd would hold
+    several tensors of that size. The weight is an input of each chunk, so that autograd adds up its
+    gradient before the optimiser takes it.
     """
     parts = zip(hidden.split(chunk), targets.split(chunk))
     return torch.cat([Recompute.apply(chunk_log_probs, h, weight, y) for h, y in parts])
@@ -420,9 +432,9 @@ def encode_prompt(tokenizer, processor, pictures, text, name):
         "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"])
     im_start, im_end, vision_start, vision_end, image_pad = control
     ids = [im_start, *system, im_end, *newline, im_start, *user]
-    for _, h, w in images["image_grid_thw"].tolist():  # in patches, merge_size^2 of them a token
-        tokens = h * w // processor.merge_size**2
-        ids += [vision_start, *[image_pad] * tokens, vision_end]
+    for _, h, w in images["image_grid_thw"].tolist():  # h, w in patches
+        tokens = h * w // processor.merge_size**2  # the encoder merges that many patches into one
+        ids += [vision_start] + [image_pad] * tokens + [vision_end]
     return [*ids, *text, im_end, *newline, im_start, *assistant], dict(images)
 
 
@@ -455,8 +467,9 @@ def make_prompt(sample, args, tokenizer, processor, model):
 
 
 class Group(NamedTuple):
-    """What the update needs of a prompt's completions. images: its image tokens or None; tokens,
-    mask, sampled, ref (G, T): log p as sampling saw it, under the start model (or None); A (G,)."""
+    """What the update needs of a prompt's completions. images: the prompt's image tokens, or None;
+    tokens, mask (G, T) as rollout returns them; A (G,) advantages. log p of each token, (G, T):
+    `sampled` as sampling computed it; `ref` under the start model, or None."""
 
     prompt: Prompt
     images: torch.Tensor
@@ -512,15 +525,18 @@ def roll_out_groups(model, reference, tokenizer, prompts, args, step):
 
 
 def update(model, groups, old, count, optimizer, args):
-    """Step 6 without the optimiser's own: adds up the gradient. Returns `old`, log p of each group
-    under the policy that sampled, and statistics. old: the update's before, None at the first one,
-    whose own it is; count: how many groups all processes have."""
+    """Step 6 up to the gradient, which is added up over groups; the optimiser steps in main.
+    Returns `old`, log p of each group under the policy that sampled, and what to log of each.
+
+    old: what the step's first update returned; None in the first, which has that policy still.
+    count: how many groups all processes have. "gap": how far `old` is from what sampling computed.
+    """
     old = old or [None for _ in groups]
     statistics = []
     for k, group in enumerate(groups):
         log_p = group_log_probs(model, group.prompt, group.tokens, group.mask, args.temperature,
                                 group.images, recompute=not args.no_recompute)
-        if old[k] is None:  # computed anew, which checks sampling
+        if old[k] is None:  # the policy has not moved since it sampled
             old[k] = log_p.detach()
         gap = (old[k] - group.sampled)[group.mask].abs().max()
         loss, found = grpo_loss(log_p, old[k], group.ref, group.A, group.mask, args.clip_ratio,
@@ -562,7 +578,7 @@ def warnings_of(record, group):
         found.append(f"KL to the start model is {record['kl_median']:.1f} nats a token in half of "
                      "the groups: lower --lr, or raise --beta")
     if not math.isfinite(record["grad_norm"]):
-        found.append("an update behind the first was not finite and changed nothing: lower --lr")
+        found.append("an update after the first was not finite and changed nothing: lower --lr")
     return found
 
 
@@ -1094,7 +1110,8 @@ def main(argv=None):
     trained = [numbers for name, (numbers, _) in headers.items() if trains(name, args.freeze)]
     if args.beta:
         weights *= 2  # the reference
-    tokens = 3 * args.max_pixels // 784 + 512 + args.group * 288  # of a prompt, of its completions
+    # three views, 28 * 28 pixels a token, and a text; completions of the length for three views
+    tokens = 3 * args.max_pixels // 784 + 512 + args.group * 288
     say(memory_line(weights, trained, tokens, dtype, device, args.offload))
 
     # the policy in its working dtype, with fp32 masters of what trains; the frozen reference
@@ -1124,6 +1141,7 @@ def main(argv=None):
     batches = walk.batches(prepare, start, args.steps, args.batch, rank, world, args.workers)
     for step, batch in enumerate(batches, start + 1):
         tick = time.monotonic()
+        # {number in the step: Prompt} of this process; None is a sample that cannot be used
         prompts = {rank + world * k: prompt for k, (_, prompt) in enumerate(batch) if prompt}
         count = sum(gather([len(prompts)]))  # groups of all processes: their gradients add up
         # 2 to 5
@@ -1135,7 +1153,7 @@ def main(argv=None):
             old, statistics = update(model, groups, old, count, optimizer, args)
             grad_norm = optimizer.reduce()
             if not count or not optimizer.step(grad_norm):
-                break  # updates before one that is not finite stand
+                break  # the gradient is not finite; the updates before it stay
             moved = True
 
         logged = gather([one | more for one, more in zip(logged, statistics)])
@@ -1162,7 +1180,7 @@ def main(argv=None):
             print_step(record, args.steps, left, ("reward", "reward_action", "reward_answer",
                                                   "reward_format", "kl", "grad_norm", "length"))
         if stop:
-            gather([])  # torchrun ends all when one has ended: after the first has saved
+            gather([])  # wait until the first has saved: torchrun ends all when one ends
             say(f"stopped after step {step}; go on with --resume --out {out}")
             sys.exit(128 + stop[0])
 

@@ -44,8 +44,9 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # read when torch is imported: without it freed
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # memory lies in pieces
+# Torch reads this when it is imported. Without it, freed memory is left in pieces of no use.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ MADE_BY = {"out/pasta": "python pasta.py --grid 4",  # the stages, and what runs
            "out/cold_start": "python actor_sft.py --target actions",
            "out/grpo": "python actor_grpo.py"}
 MAY_BE_0 = ("seed", "warmup", "beta")  # arguments
-END = ["<|im_end|>", "<|endoftext|>"]  # of a turn; of a text, which a base model may write instead
+END = ["<|im_end|>", "<|endoftext|>"]  # end a turn; end a text, as a base model may do instead
 
 
 def parse_args(argv=None):
@@ -80,8 +81,9 @@ def parse_args(argv=None):
                                    "actions out/sft")
     p.add_argument("--data", help="SPAR-7M-RGBD tree; default: the demo's rooms")
     p.add_argument("--out", help="default: out/sft, or out/cold_start if there are actions")
-    p.add_argument("--samples", type=int, help="how many multi-image samples to draw; paper, "
-                                               "default: 10,000, a tenth for --target actions")
+    p.add_argument("--samples", type=int,
+                   help="how many multi-image samples to draw; paper, default: 10,000, a tenth for "
+                        "--target actions; demo: 20,000")
     p.add_argument("--tasks", nargs="+",  # not in the paper: which samples
                    help="SPAR tasks to train on; default: all with several images, demo: "
                         "camera_turn, for actions all")
@@ -161,9 +163,9 @@ def encode_prompt(tokenizer, processor, pictures, text, name):
         "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"])
     im_start, im_end, vision_start, vision_end, image_pad = control
     ids = [im_start, *system, im_end, *newline, im_start, *user]
-    for _, h, w in images["image_grid_thw"].tolist():  # in patches, merge_size^2 of them a token
-        tokens = h * w // processor.merge_size**2
-        ids += [vision_start, *[image_pad] * tokens, vision_end]
+    for _, h, w in images["image_grid_thw"].tolist():  # h, w in patches
+        tokens = h * w // processor.merge_size**2  # the encoder merges that many patches into one
+        ids += [vision_start] + [image_pad] * tokens + [vision_end]
     return [*ids, *text, im_end, *newline, im_start, *assistant], dict(images)
 
 
@@ -179,13 +181,16 @@ class Example(NamedTuple):
 
 
 def make_example(sample, args, tokenizer, processor, form=None, dtype=torch.float32):
-    """The Example of a geometry.Sample; form: "answer" or "actions", default: as --target says;
-    dtype: of its pixels, that of the encoder."""
-    if form is None and args.target == "mixed":  # a function of the seed and the sample alone
-        names = ["/".join(path.parts[-3:]) for path in sample.images]  # wherever the tree lies
+    """The Example of a geometry.Sample.
+
+    form: "answer" or "actions"; None leaves it to --target. dtype: what the pixels are cast to.
+    """
+    if form is None and args.target == "mixed":
+        # a hash, uniform in [0, 1): the same whenever this sample is drawn, wherever the tree lies
+        names = ["/".join(path.parts[-3:]) for path in sample.images]
         text = f"{args.seed} {sample.id} {sample.question} {names}"
-        share = zlib.crc32(text.encode(errors="replace")) / 2**32
-        form = "actions" if share < args.mix else "answer"
+        drawn = zlib.crc32(text.encode(errors="replace")) / 2**32
+        form = "actions" if drawn < args.mix else "answer"
     form = form or args.target
     gold = rewards.gold_of(sample, plans=form == "actions")  # trees without poses do for answers
     if form == "actions":
@@ -220,8 +225,9 @@ def log_probs(hidden, weight, targets, chunk=128):
     """log p of target words: hidden (T, D), weight (W, D), targets (T,) -> (T,) fp32.
 
     In chunks of positions, each computed again in the backward pass, so that logits never exist for
-    all of them: of 151,936 words and 2,000 tokens they are 1.2 GB, three times. The weight is an
-    input of each chunk, so that autograd adds up its gradient before the optimiser takes it.
+    all positions: of 2,000 tokens and 151,936 words they would take 1.2 GB, and autograd would hold
+    several tensors of that size. The weight is an input of each chunk, so that autograd adds up its
+    gradient before the optimiser takes it.
     """
     parts = zip(hidden.split(chunk), targets.split(chunk))
     return torch.cat([Recompute.apply(chunk_log_probs, h, weight, y) for h, y in parts])
@@ -233,10 +239,11 @@ def chunk_log_probs(hidden, weight, targets):
 
 
 def generate_greedily(model, tokenizer, prompts, longest):
-    """The likeliest response to each prompt, (ids, images) as of encode_prompt: list of texts; None
-    where a logit was NaN or +inf, which nothing can be the likeliest of.
+    """The response that the model writes to each prompt if it takes the likeliest token each time.
 
-    One batch, padded on the left; a response ends before the first end token, or after `longest`.
+    prompts: [(ids, images) as encode_prompt returns them]. Returns a list of texts, None where a
+    logit was NaN or +inf: then no token is the likeliest. All prompts are one batch, padded on the
+    left; a response ends before the first end token, or after `longest` tokens.
     """
     end = tokenizer.convert_tokens_to_ids(END)
     L = max(len(ids) for ids, _ in prompts)
@@ -261,16 +268,16 @@ def generate_greedily(model, tokenizer, prompts, longest):
     texts = []
     for tokens, steps in zip(written[:, L:].tolist(), sound.tolist()):
         length = min([k for k, token in enumerate(tokens) if token in end], default=len(tokens))
-        decided = min(length + 1, len(tokens))  # with the end token
+        decided = min(length + 1, len(tokens))  # tokens that had to be chosen: the end one as well
         texts.append(tokenizer.decode(tokens[:length]) if steps >= decided else None)
     return texts
 
 
 def count_sound(sound, L, ids, logits):
-    """Count for each row how many of its tokens, from the first on, were chosen among logits that
-    are neither NaN nor +inf: sound (B,) is changed in place, on the device, which nobody waits for.
+    """Count in `sound` (B,), for each row, the tokens before the first whose logits hold NaN or
+    +inf. It is changed in place and stays on the device, so that no token waits for the host.
 
-    What `generate` calls before each token: ids (B, L + t), logits (B, W).
+    `generate` calls this before it chooses each token: ids (B, L + t), logits (B, W).
     """
     fine = (logits < math.inf).all(-1)
     sound += fine & (sound == ids.shape[1] - L)
@@ -281,11 +288,12 @@ def count_sound(sound, L, ids, logits):
 
 
 def evaluate_responses(model, tokenizer, examples, batch=16):
-    """Loss on held-out Examples, and what the model itself writes: record for the log, texts.
+    """Look at held-out Examples. Returns a record for the log, and the texts that the model wrote.
 
-    heldout_loss: -log p of a response token. answer, and for actions format and action: mean R_ans,
-    R_fmt, R_act; action_turns: R_act of the samples whose camera only turns. NaN, and a warning, if
-    the model cannot write to all of them.
+    The record has heldout_loss, the mean -log p of a response token; answer, the mean R_ans; and
+    for Examples with actions format and action, the mean R_fmt and R_act, and action_turns, R_act
+    of those whose camera only turns. If logits were not finite for one of them, a warning is
+    printed and these rewards are NaN.
     """
     log_p = []
     texts = []
@@ -861,8 +869,9 @@ def main(argv=None):
     say(f"model   {args.model}: {dtype} on {device}, {args.freeze} frozen")
     weights = sum(numbers for numbers, _ in headers.values())
     trained = [numbers for name, (numbers, _) in headers.items() if trains(name, args.freeze)]
-    say(memory_line(weights, trained, 3 * args.max_pixels // 784 + 512, dtype, device,
-                    args.offload, pixels=args.heldout * 3 * args.max_pixels))
+    tokens = 3 * args.max_pixels // 784 + 512  # three views, 28 * 28 pixels a token, and a text
+    say(memory_line(weights, trained, tokens, dtype, device, args.offload,
+                    pixels=args.heldout * 3 * args.max_pixels))
 
     # the model in its working dtype, with fp32 masters of what trains
     model, tokenizer = load_model(source, headers)
@@ -925,7 +934,7 @@ def main(argv=None):
             left = (time.monotonic() - begun) / (step - start) * (args.steps - step)
             print_step(record, args.steps, left, ("loss", "grad_norm", "tokens_per_s"))
         if stop:
-            gather([])  # torchrun ends all when one has ended: after the first has saved
+            gather([])  # wait until the first has saved: torchrun ends all when one ends
             say(f"stopped after step {step}; go on with --resume --out {out}")
             sys.exit(128 + stop[0])
 

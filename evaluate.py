@@ -46,8 +46,9 @@ from functools import partial, reduce
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # read when torch is imported: without it freed
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # memory lies in pieces
+# Torch reads this when it is imported. Without it, freed memory is left in pieces of no use.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ from transformers import (
 import geometry
 import rewards
 
-END = ["<|im_end|>", "<|endoftext|>"]  # of a turn; of a text, which a base model may write instead
+END = ["<|im_end|>", "<|endoftext|>"]  # end a turn; end a text, as a base model may do instead
 MADE_BY = {"out/pasta": "python pasta.py --grid 4",  # the stages, and what runs them
            "out/sft": "python actor_sft.py --target answer",
            "out/cold_start": "python actor_sft.py --target actions",
@@ -198,7 +199,7 @@ def prompt_of(item, bench, mode):
 
 
 def before_end(text):
-    """A text up to its first end token, which other engines may hand out with what is behind it."""
+    """A text up to its first end token: other engines may return this token and text after it."""
     return re.split("|".join(map(re.escape, END)), text, maxsplit=1)[0]
 
 
@@ -206,8 +207,8 @@ def answer_of(response):
     """The answer in a response: its first <answer> block outside of reasoning that holds something;
     without a block, what follows the last reasoning.
 
-    Reasoning stands between <think> or <action> and its end. Where a text begins with the end of a
-    <think>, a chat template opened it; what never closes reaches to the text's end.
+    Reasoning stands between <think> or <action> and its closing tag, or the end of the text. If
+    the first think tag of a text closes, a chat template had opened it before the text.
     """
     text = before_end(response)
     thoughts = re.findall("</?think>", text)
@@ -251,13 +252,15 @@ def score_spar(task, prediction, gold):
     if task == "camera_turn":  # the rooms' own, not in SPAR-Bench
         return rewards.camera_turn(prediction, gold)
     try:
-        if task == "view_change_infer":  # mean of five axes; swapped, as in the official code
+        if task == "view_change_infer":  # mean of five axes; gold and prediction change places
             moved = _signed_moves(prediction)
             asked = _signed_moves(gold)
             return float(np.mean(list(map(rewards.mean_relative_accuracy, asked, moved))))
         if task in SPAR_LEVELS["Low"]:
+            # as in the official code: no exponents ("m^3"); the last number if there are several
+            # views (_mv), else the first
             numbers = re.findall(r"(?<!\^)\d+\.\d+|(?<!\^)\d+", prediction)
-            number = numbers[-1] if task.endswith("_mv") else numbers[0]  # _mv: of several views
+            number = numbers[-1] if task.endswith("_mv") else numbers[0]
             return rewards.mean_relative_accuracy(float(number), float(gold))
     except (IndexError, ValueError):  # no number, or an item that is not key:number
         return 0.0
@@ -277,8 +280,8 @@ def _signed_moves(text):
 
 
 def mindcube_letter(text):
-    """The letter A-E that MindCube's extractor reads, or None. The first rule that fires; the last
-    match within a rule, but for the final one."""
+    """The letter A-E that MindCube's extractor reads, or None. The first rule that matches decides,
+    by its last match. If none does, the last line with a letter decides, by its first one."""
     inside = re.search(r"<Answer>(.*?)(?:<|$)", text, re.DOTALL)
     for where, rules in (
             (text, (r"([A-E])\.",)),
@@ -320,7 +323,7 @@ class Bench(NamedTuple):
 
     title: str
     data: str  # what --data takes
-    files: tuple  # patterns of its files: the first that finds any
+    files: tuple  # patterns of its files; only the first that matches any file is used
     fields: tuple  # of a row: id, task, question, gold
     groups: dict  # of its table: {label: tasks}
     prompt: dict  # {task: text}, the question in place of {question}
@@ -329,6 +332,7 @@ class Bench(NamedTuple):
     max_pixels: int = 448 * 448
 
 
+# data, files and fields of both halves of SPAR-Bench
 SPAR = ("a copy of huggingface.co/datasets/jasonzhango/SPAR-Bench",
         ("test-*.parquet", "*.parquet", "*.jsonl"), ("id", "task", "question", "answer"))
 BENCHES = {
@@ -376,7 +380,7 @@ TABLE_1 = {"spar-mv", "mindcube", "mmsi"}
 FORM = ("R_fmt", "R_act", "R_act, turns", "R_act, walks")  # further rows, where they can be had
 NOTE = """Percent, in brackets 95 % bootstrap intervals. The paper's columns are from its tables.
 R_fmt: the response has the form asked for; R_act: how close its camera moves are to the true ones;
-constant: of the best answer to every question of a task, or the best plan for every pair."""
+constant: what one answer to all questions of a task, or one plan for every pair, can score."""
 
 
 class Run(NamedTuple):
@@ -394,9 +398,9 @@ def table_rows(bench, scores, convention="hatch", draws=1000):
     """A benchmark's table {label: (depth, n, score, low, high)}: groups (depth 0) with their tasks
     (1), the average, FORM; in percent, low to high the 95 % bootstrap interval.
 
-    scores {task: [in [0, 1]]}. How a number is made of its tasks' means: SPAR-Bench's over all
-    questions; convention "spar": over tasks. MindCube, MMSI-Bench: over all questions. CV-Bench:
-    (2D + 3D) / 2, 2D = (ADE20K + COCO) / 2.
+    scores {task: [in [0, 1]]}. Groups and average are means over questions, except: with convention
+    "spar" SPAR-Bench's are means over tasks; MindCube's average leaves "translation" out; CV-Bench:
+    2D = (ADE20K + COCO) / 2, average = (2D + 3D) / 2.
     """
     counts = {task: len(values) for task, values in scores.items()}
     lines = []  # label, depth, {task: weight}
@@ -414,8 +418,8 @@ def table_rows(bench, scores, convention="hatch", draws=1000):
     rows = {}
     for label, depth, weights in lines:
         total = sum(weight * means[task] for task, weight in weights.items())
-        score, *again = 100 * total / sum(weights.values())
-        low, high = np.percentile(again, (2.5, 97.5)).tolist()
+        score, *resampled = 100 * total / sum(weights.values())  # as drawn_means orders them
+        low, high = np.percentile(resampled, (2.5, 97.5)).tolist()
         n = sum(counts[task] for task in weights)
         rows[label] = depth, n, float(score), low, high
     return rows
@@ -431,14 +435,14 @@ def group_weights(bench, counts, convention):
     average = {}
     for weights in groups.values():
         for task, weight in weights.items():
-            if task != "translation":
+            if task != "translation":  # MindCube's official code leaves this setting out
                 average[task] = weight / len(weights) if bench == "cvbench" else weight
     return groups | {"Avg": average}
 
 
 def drawn_means(scores, draws):
-    """{task: (1 + draws,)}: the mean of its scores, and those of as many drawn from them with
-    replacement, `draws` times (the bootstrap)."""
+    """{task: means (1 + draws,)}: first the mean of its scores, then the means of `draws` resamples
+    (the bootstrap): as many scores, drawn from them with replacement."""
     rng = np.random.default_rng(0)
     means = {}
     for task in sorted(scores):
@@ -501,16 +505,16 @@ def score_record(bench, mode, record):
 
 
 def constant_plan(golds):
-    """R_act of one plan for every pair, the one that scores most: a list, a score for each of
-    golds [{pair: plan}]."""
+    """[R_act] for each of golds [{pair: plan}], if every pair gets the same plan: the gold plan for
+    which the mean over all is highest."""
     _, plan = rewards.constant_plan(golds)
     texts = [rewards.write_response(dict.fromkeys(gold, plan), "-") for gold in golds]
     return [rewards.action_reward(text, gold) for text, gold in zip(texts, golds)]
 
 
 def constant_answer(bench, task, golds):
-    """Scores [in [0, 1]] of one text as the answer to all questions of a task: that of the golds
-    which scores most."""
+    """[score] of all questions of a task, if each gets the same text: the gold for which the sum of
+    scores is highest."""
     best = []
     for text in sorted(set(golds)):
         scores = [score_answer(bench, task, text, gold) for gold in golds]
@@ -519,8 +523,8 @@ def constant_answer(bench, task, golds):
 
 
 def tables(runs):
-    """The tables as text: for each benchmark its runs side by side, then the paper's rows; then
-    Overall of what has a run on each of Table 1's; and what is to be said below them."""
+    """The tables as text: for each benchmark its runs side by side, with the paper's columns; then
+    Overall for each name that has a run on every benchmark of Table 1; then the notes."""
     found = []
     averages = {}  # {run's name: {benchmark: its average}}
     for bench in dict.fromkeys(run.bench for run in runs):
@@ -554,8 +558,8 @@ def bench_table(bench, runs):
     if paper:
         header += PAPER_NAMES
     table = [header]
-    every = {task: [0] for run in runs for task in run.scores}
-    for label, (depth, *_) in table_rows(bench, every, draws=1).items():  # in their order
+    every = {task: [0] for run in runs for task in run.scores}  # only for the labels, in order
+    for label, (depth, *_) in table_rows(bench, every, draws=1).items():
         row = ["  " * depth + label]
         for run in runs:
             if label in run.rows:
@@ -622,7 +626,7 @@ def load_items(bench, data, skip=print):
 
 
 def published_files(folder, patterns):
-    """The files below a folder that the first pattern finds which finds any, in order."""
+    """The files below a folder, in order, that match a pattern: the first that matches any."""
     below = files_below(folder)
     for pattern in patterns:
         found = [path for path in below if path.match(pattern)]
@@ -746,7 +750,8 @@ def ask_all(items, args, path, say, rank, world, device, dtype):
     steps = math.ceil(len(todo) / (share * world))
     weights = sum(numbers for numbers, _ in headers.values())
     say(f"model   {args.model}: {weights:,} parameters, {dtype} on {device}; mode {args.mode}")
-    need = dtype.itemsize * weights + share * (3 * args.max_pixels // 784 + 512) * 2**18 + 3e8
+    tokens = share * (3 * args.max_pixels // 784 + 512)  # a token: 28 * 28 pixels
+    need = dtype.itemsize * weights + tokens * 2**18 + 3e8  # bytes; 3e8 for the libraries
     line = f"memory  {need / 2**30:.1f} GiB"
     if device.type == "cuda" and need > torch.cuda.mem_get_info(device)[0]:
         line += ", more than is free: a smaller --batch or --max-pixels takes less"
@@ -763,7 +768,8 @@ def ask_all(items, args, path, say, rank, world, device, dtype):
         shown_steps = geometry.progress(shown_steps, steps, "answering")
     for _ in shown_steps:
         asked = [one for one in itertools.islice(prepared, share) if one]
-        write_answers(model, tokenizer, [one for one in asked if one[2]], args)
+        askable = [(item, line, prompt) for item, line, prompt in asked if prompt]
+        write_answers(model, tokenizer, askable, args)
         lines = gather([line for _, line, _ in asked])
         if rank == 0:
             with open(path, "a") as file:
@@ -807,8 +813,9 @@ def write_answers(model, tokenizer, asked, args):
 
 
 def continue_predictions(path, items, args, source, say):
-    """Ids of the answers at `path`, which is started anew if there are none, with --overwrite, or
-    when their model has been trained again. DataError for those of another model or questions."""
+    """Ids of the answers at `path` that stand. The file is started anew if it has none, with
+    --overwrite, or if the model has been trained again since. DataError if it has answers of
+    another model, of other questions, or of other settings that change answers."""
     head = vars(args) | {"questions": checksum(items), "torch": torch.__version__,
                          "weights": geometry.fingerprint(weight_files(source))}
     if path.exists() and not args.overwrite:
@@ -940,8 +947,9 @@ def draw_curves(logs):
 
 
 def run_names(logs, seeds):
-    """A name for the run of each log: its folder's, from where these part. Runs whose names differ
-    in digits alone, and that have each a seed of their own, share the name with * for digits."""
+    """A name for the run of each log: the path of its folder, from the deepest folder that holds
+    all of them. Runs whose names differ only in digits, and whose seeds all differ, share one name,
+    with * for the digits."""
     runs = [Path(os.path.abspath(log)).parent for log in logs]
     base = os.path.commonpath([run.parent for run in runs]) if runs else ""
     names = [str(run.relative_to(base)) for run in runs]
@@ -967,8 +975,9 @@ def svg_of(panels):
 
 
 def panel(title, lines, axis="step"):
-    """SVG of curves [(name, steps, values)], a colour a name. One of a name: thin as it is, thick
-    its running mean. Several: thin their running means, thick the mean of these where all are."""
+    """SVG of curves [(name, steps, values)], a colour for each name. The only curve of a name is
+    drawn thin, and its running mean thick. If a name has several, their running means are drawn
+    thin, and the mean of these, over the steps that all have, thick."""
     by_name = {}
     for name, steps, values in lines:
         by_name.setdefault(name, []).append((steps, values, running_mean(values)))
@@ -1161,17 +1170,18 @@ def encode_prompt(tokenizer, processor, pictures, text, name):
         "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"])
     im_start, im_end, vision_start, vision_end, image_pad = control
     ids = [im_start, *system, im_end, *newline, im_start, *user]
-    for _, h, w in images["image_grid_thw"].tolist():  # in patches, merge_size^2 of them a token
-        tokens = h * w // processor.merge_size**2
-        ids += [vision_start, *[image_pad] * tokens, vision_end]
+    for _, h, w in images["image_grid_thw"].tolist():  # h, w in patches
+        tokens = h * w // processor.merge_size**2  # the encoder merges that many patches into one
+        ids += [vision_start] + [image_pad] * tokens + [vision_end]
     return [*ids, *text, im_end, *newline, im_start, *assistant], dict(images)
 
 
 def generate_greedily(model, tokenizer, prompts, longest):
-    """The likeliest response to each prompt, (ids, images) as of encode_prompt: list of texts; None
-    where a logit was NaN or +inf, which nothing can be the likeliest of.
+    """The response that the model writes to each prompt if it takes the likeliest token each time.
 
-    One batch, padded on the left; a response ends before the first end token, or after `longest`.
+    prompts: [(ids, images) as encode_prompt returns them]. Returns a list of texts, None where a
+    logit was NaN or +inf: then no token is the likeliest. All prompts are one batch, padded on the
+    left; a response ends before the first end token, or after `longest` tokens.
     """
     end = tokenizer.convert_tokens_to_ids(END)
     L = max(len(ids) for ids, _ in prompts)
@@ -1196,16 +1206,16 @@ def generate_greedily(model, tokenizer, prompts, longest):
     texts = []
     for tokens, steps in zip(written[:, L:].tolist(), sound.tolist()):
         length = min([k for k, token in enumerate(tokens) if token in end], default=len(tokens))
-        decided = min(length + 1, len(tokens))  # with the end token
+        decided = min(length + 1, len(tokens))  # tokens that had to be chosen: the end one as well
         texts.append(tokenizer.decode(tokens[:length]) if steps >= decided else None)
     return texts
 
 
 def count_sound(sound, L, ids, logits):
-    """Count for each row how many of its tokens, from the first on, were chosen among logits that
-    are neither NaN nor +inf: sound (B,) is changed in place, on the device, which nobody waits for.
+    """Count in `sound` (B,), for each row, the tokens before the first whose logits hold NaN or
+    +inf. It is changed in place and stays on the device, so that no token waits for the host.
 
-    What `generate` calls before each token: ids (B, L + t), logits (B, W).
+    `generate` calls this before it chooses each token: ids (B, L + t), logits (B, W).
     """
     fine = (logits < math.inf).all(-1)
     sound += fine & (sound == ids.shape[1] - L)

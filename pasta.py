@@ -42,8 +42,9 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # read when torch is imported: without it freed
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # memory lies in pieces
+# Torch reads this when it is imported. Without it, freed memory is left in pieces of no use.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import numpy as np
 import torch
@@ -1037,7 +1038,7 @@ def main(argv=None):
             left = (time.monotonic() - begun) / (step - start) * (args.steps - step)
             print_step(record, args.steps, left, ("loss", "excess", "grad_norm", "pairs_per_s"))
         if stop:
-            gather([])  # torchrun ends all when one has ended: after the first has saved
+            gather([])  # wait until the first has saved: torchrun ends all when one ends
             say(f"stopped after step {step}; go on with --resume --out {out}")
             sys.exit(128 + stop[0])
 

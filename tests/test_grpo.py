@@ -474,7 +474,7 @@ def test_summary_by_hand():
     ({"distinct": 1.0, "dead_groups": 1.0}, "the 8 completions of a group are the same text"),
     ({"distinct": 2.0}, None), ({"dead_groups": 1.0}, "no policy gradient"),
     ({"kl_median": 2.5}, "2.5 nats"), ({"kl_median": 0.9}, None),
-    ({"grad_norm": math.nan}, "an update behind the first was not finite")])
+    ({"grad_norm": math.nan}, "an update after the first was not finite")])
 def test_warnings(change, words):
     said = actor_grpo.warnings_of({
         "reward_format": 0.5, "truncated": 0.4, "distinct": 8.0, "dead_groups": 0.9,
