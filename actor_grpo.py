@@ -587,7 +587,7 @@ def warnings_of(record, group):
 
 class Recompute(torch.autograd.Function):
     """Activation checkpointing: keep what goes into a function, run it again in the backward pass.
-    Gradients of what the function uses beside its inputs, a block's weights, add up there."""
+    What it uses beside its inputs, a block's weights, gets gradients in that second run."""
 
     @staticmethod
     def forward(ctx, run, *inputs):
@@ -724,8 +724,9 @@ def place(model, dtype, device):
 
 
 def save_checkpoint(out, state, optimizer):
-    """Masters and two moments, files whose names carry the step; then checkpoint.json, which names
-    them, renamed over the last one: a kill or a full disk spares what was there before."""
+    """Write masters and two moments to files whose names carry the step, and then checkpoint.json,
+    which names these files. A rename puts it in place of the last one, and only then are older
+    files deleted: a kill or a full disk spares what was there before."""
     files = {kind: f"checkpoint-{state['step']}-{kind}.safetensors"
              for kind in ("master", "exp_avg", "exp_avg_sq")}
     state |= {"files": files, "t": optimizer.t, "good": optimizer.good, "scale": optimizer.scale,
@@ -754,7 +755,8 @@ def read_checkpoint(out):
         return {}
     try:
         state = json.loads(path.read_text())
-        state["args"]["steps"], state["step"], state["files"], state["missed"]  # or it is none
+        # KeyError or TypeError if one of these is missing
+        state["args"]["steps"], state["step"], state["files"], state["missed"]
         return state
     except (ValueError, KeyError, TypeError) as error:
         raise geometry.DataError(f"{path}: cannot be read as a checkpoint ({error}); remove it to "
@@ -833,8 +835,11 @@ def lock_folder(out):
 
 
 def find_model(name):
-    """A complete 16- or 32-bit model: its directory, `name` or the hub's copy, and {plain name:
-    (numbers, dtype as the file calls it)} of its tensors, from the files' headers."""
+    """Find a complete 16- or 32-bit model: `name` is its directory or its id on the hub.
+
+    Returns the directory and, read from the files' headers, {plain name: (how many numbers, the
+    file's word for their dtype)} of all tensors.
+    """
     path = Path(name)
     if name in MADE_BY and not (path / "config.json").exists():
         raise geometry.DataError(f"{name}: not there yet; run `{MADE_BY[name]}` first")
@@ -876,7 +881,8 @@ def plain(key):
 
 
 def load_model(path, headers):
-    """Model and tokenizer of a directory, on the CPU, in the widest dtype that its files state."""
+    """Model and tokenizer of a directory, on the CPU; fp32 unless all tensors are of one 16-bit
+    dtype."""
     transformers.utils.logging.disable_progress_bar()
     kinds = "".join({kind for _, kind in headers.values()})  # config.json may say another
     dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(kinds, torch.float32)
@@ -892,8 +898,9 @@ def load_model(path, headers):
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise geometry.DataError(
             f"{path}: cannot be read as a Qwen2.5-VL ({str(error).splitlines()[0]})") from None
-    embed = model.model.visual.patch_embed  # the matrix product that it is: as a 3-D convolution
-    embed.forward = lambda pixels: F.linear(  # by patch it is slow
+    # the library's 3-D convolution, one patch at a time, is slow; it is this matrix product
+    embed = model.model.visual.patch_embed
+    embed.forward = lambda pixels: F.linear(
         pixels.to(embed.proj.weight.dtype), embed.proj.weight.flatten(1))
     return model, tokenizer
 
@@ -908,7 +915,8 @@ def save_model(model, source, out, optimizer):
     """Write model directory `source` to `out` with the trained tensors in place of its own.
 
     All else leaves as it came: other tensors bit for bit, dtypes, names, shards, json files. So
-    what reads the source reads `out`. Moved there when all is written: a kill harms no model.
+    what reads the source reads `out`. All is written to `incoming` first, then moved: a kill while
+    it is written harms no model.
     """
     masters = {p: master.detach() for p, master, _ in optimizer.tensors.values()}
     trained = {}
@@ -975,11 +983,11 @@ def gather(items):
 def memory_line(weights, trained, tokens, dtype, device, offload=False, pixels=0):
     """A line that says how much memory a run will take, and what to do if less is free.
 
-    weights: how many numbers all weights are; trained: how many each trained tensor is; tokens of
-    which activations are kept; pixels of the held-out pictures. By arithmetic: a trained number has
-    an fp32 master, a gradient and two moments, on the host a tenth more, which freed tensors leave
-    unusable; the largest tensor's new gradient stands beside them. A checkpoint is written from a
-    copy on the host.
+    weights: how many numbers the model has; trained: how many each trained tensor has; tokens: how
+    many keep their activations, 256 KiB each; pixels: how many the held-out pictures have.
+    A trained number has an fp32 master, a gradient and two moments. On the host these take a tenth
+    more, since freed tensors leave memory unusable. The largest tensor's new gradient stands beside
+    them. A checkpoint is written from a copy on the host.
     """
     masters_are_weights = dtype == torch.float32 and not offload
     state = sum(trained) * (12 if masters_are_weights else 16)
@@ -997,7 +1005,8 @@ def memory_line(weights, trained, tokens, dtype, device, offload=False, pixels=0
         free["host"] = 1024 * int(available[1]) if available else math.inf
     line = "memory  " + ", ".join(f"{where} {need[where] / 2**30:.1f} GiB" for where in need)
     if any(need[where] > free.get(where, math.inf) for where in need):
-        line += ", more than is free: --freeze, --offload (on a GPU), fewer --max-pixels take less"
+        line += (", more than is free: --freeze, --offload (on a GPU; pasta.py has neither), fewer "
+                 "--max-pixels take less")
     return line
 
 

@@ -1223,8 +1223,11 @@ def count_sound(sound, L, ids, logits):
 
 
 def find_model(name):
-    """A complete 16- or 32-bit model: its directory, `name` or the hub's copy, and {plain name:
-    (numbers, dtype as the file calls it)} of its tensors, from the files' headers."""
+    """Find a complete 16- or 32-bit model: `name` is its directory or its id on the hub.
+
+    Returns the directory and, read from the files' headers, {plain name: (how many numbers, the
+    file's word for their dtype)} of all tensors.
+    """
     path = Path(name)
     if name in MADE_BY and not (path / "config.json").exists():
         raise geometry.DataError(f"{name}: not there yet; run `{MADE_BY[name]}` first")
@@ -1266,7 +1269,8 @@ def plain(key):
 
 
 def load_model(path, headers):
-    """Model and tokenizer of a directory, on the CPU, in the widest dtype that its files state."""
+    """Model and tokenizer of a directory, on the CPU; fp32 unless all tensors are of one 16-bit
+    dtype."""
     transformers.utils.logging.disable_progress_bar()
     kinds = "".join({kind for _, kind in headers.values()})  # config.json may say another
     dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(kinds, torch.float32)
@@ -1282,8 +1286,9 @@ def load_model(path, headers):
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise geometry.DataError(
             f"{path}: cannot be read as a Qwen2.5-VL ({str(error).splitlines()[0]})") from None
-    embed = model.model.visual.patch_embed  # the matrix product that it is: as a 3-D convolution
-    embed.forward = lambda pixels: F.linear(  # by patch it is slow
+    # the library's 3-D convolution, one patch at a time, is slow; it is this matrix product
+    embed = model.model.visual.patch_embed
+    embed.forward = lambda pixels: F.linear(
         pixels.to(embed.proj.weight.dtype), embed.proj.weight.flatten(1))
     return model, tokenizer
 

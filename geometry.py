@@ -80,8 +80,9 @@ def unproject(depth, K, cam2world):
     d = np.where(valid, depth, 0.0)
     x = (np.arange(W) - K[0, 2]) / K[0, 0]  # (W,)
     y = (np.arange(H) - K[1, 2]) / K[1, 1]  # (H,)
-    points = np.stack([x[None, :] * d, y[:, None] * d, d]).reshape(3, -1)  # camera frame; planes of
-    points_world = cam2world[:3, :3] @ points + cam2world[:3, 3:]  # x, y, z: numpy likes long rows
+    # (3, H W), camera frame: numpy multiplies three long rows faster than many short ones
+    points = np.stack([x[None, :] * d, y[:, None] * d, d]).reshape(3, -1)
+    points_world = cam2world[:3, :3] @ points + cam2world[:3, 3:]
     return np.moveaxis(points_world.reshape(3, H, W), 0, -1), valid
 
 
@@ -103,8 +104,8 @@ def directional_overlap(x, y, n, t=0.05, t_rel=0.05, stride=4):
     """How much of each patch of view x is seen by which patch of view y.
 
     x, y: View. n: grid side. t: metres, t_rel: share of the depth; a point is consistent when its
-    depth in y differs from y's own depth map by less than max(t, t_rel z). stride: every how many
-    pixels of x are used (4 moves S by 0.03 at most on real frames; 1 uses all).
+    depth z in y differs from y's own depth map by less than max(t, t_rel z). stride: every
+    stride-th row and column of x is used; 1 uses all (4 moves S by 0.03 at most on real frames).
     Returns M (P, P): M[i, j] = share of patch i's pixels *with valid depth* (appendix A) whose 3-D
     point lands in patch j. A patch with depth on under a quarter of its pixels has an empty row.
     Raises ValueError when a view is smaller than n pixels on a side.
@@ -160,8 +161,9 @@ def correspondence(x, y, n, t=0.05, t_rel=0.05, stride=4):
 
 # ------------------------------------------------------------------- poses and actions, appendix B
 
-# A target nearer than this, in metres, is not aimed at; a steeper one is reached by move_up/down.
+# Metres: the camera does not turn towards a target that is nearer, nor move there.
 AIM_MIN = 0.05  # not in the paper: aim of a plan
+# A target this far above or below the level is reached by moving level, then by move_up/down.
 STEEP = math.radians(80)  # not in the paper: aim of a plan
 
 
@@ -221,7 +223,7 @@ ACTIONS = {  # atomic action -> what it does, and in which direction (B.3)
 def read_actions(actions):
     """A plan as [(what, signed amount)], what as in ACTIONS, degrees or metres.
 
-    Raises ValueError, naming it, on what is no one-key dict of a known action and a finite number.
+    Raises ValueError if an action is not a one-key dict of a known name and a finite number.
     """
     steps = []
     for action in actions:
@@ -278,7 +280,8 @@ def residual_roll(pose):
 
 # ------------------------------------------------------------------------- SPAR-7M-RGBD on disk
 
-MULTI_VIEW_TASKS = (  # two or three still images of one scene: what HATCH trains on
+# Two or three still images of one scene; 4.1 says "samples with multiple images" and names no task.
+MULTI_VIEW_TASKS = (
     "camera_motion_infer", "depth_prediction_oc_mv", "depth_prediction_oo_mv",
     "distance_infer_center_oc_mv", "distance_infer_center_oo_mv", "distance_prediction_oc_mv",
     "distance_prediction_oo_mv", "obj_spatial_relation_oc_mv", "obj_spatial_relation_oo_mv",
@@ -288,7 +291,9 @@ MULTI_VIEW_TASKS = (  # two or three still images of one scene: what HATCH train
 
 MARKER_RGB = {"red": (255, 0, 0), "blue": (0, 0, 255), "green": (0, 255, 0),
               "yellow": (255, 255, 0)}
-MARKER_ORDER = {  # which colour each entry of point_img_idx / bbox_img_idx speaks of; no others
+# Entry k of point_img_idx / bbox_img_idx is for the k-th of these colours that the record has.
+# Tasks not listed have the order of MARKER_RGB; a colour that an order lacks is not drawn.
+MARKER_ORDER = {
     **dict.fromkeys(("camera_motion_infer", "view_change_infer", "distance_infer_center_oc",
                      "distance_infer_center_oc_mv"), ()),
     "distance_infer_center_oo_mv": ("red", "green", "blue"),
@@ -345,7 +350,7 @@ class Sample:
     def pose(self, k):
         """cam2world (4, 4) of view k; reads no pixel."""
         image_path = self.images[k]
-        folder = {"video_color": "video_pose"}.get(image_path.parent.name, "pose")
+        folder = "video_pose" if image_path.parent.name == "video_color" else "pose"
         pose_path = image_path.parent.parent / folder / f"{image_path.stem}.txt"
         cam2world = _read_matrix(pose_path, rows=(4,))
         if self.source == "structured3d":
@@ -363,15 +368,16 @@ class Sample:
 
         Points are discs of radius 20 and boxes outlines 20 wide and 17.5 larger on each side, in
         pixels of SPAR's originals (1280 wide and more); smaller images get proportionally smaller
-        marks. Tasks that keep their markers in lists (spatial_imagination_map_mv and videos, no
-        select or fill questions among the former) are shown as they are.
+        marks. Nothing is drawn where the markers are in other fields than <colour>_point and
+        <colour>_bbox, as in spatial_imagination_map_mv (no select or fill questions) and videos.
         """
         pictures = [open_image(path) for path in self.images]
         try:
             for shape in ("bbox", "point"):
                 order = MARKER_ORDER.get(self.task, tuple(MARKER_RGB))
                 present = [colour for colour in order if self.markers.get(f"{colour}_{shape}")]
-                index = (self.markers.get(f"{shape}_img_idx") or [[0]])[0] or [0]
+                indices = self.markers.get(f"{shape}_img_idx") or [[0]]  # a list in a list
+                index = indices[0] or [0]
                 if self.task == "obj_spatial_relation_oc_mv":
                     index = index[:1]  # all of its boxes are on one image
                 for k, colour in enumerate(present):  # a short index: the rest on its last image
@@ -387,18 +393,20 @@ class Sample:
 
 
 class Samples(Sequence):
-    """A read-only list of Sample that holds a byte offset a line; a line is parsed when indexed.
+    """A read-only list of Sample. It holds where each line begins; indexing reads and parses it.
 
     files: paths of jsonl files, <source>/qa_jsonl/<split>/<task>/<kind>/<any>.jsonl below root.
     """
 
     def __init__(self, root, files):
-        self.root, self.files = root, files
+        self.root = root
+        self.files = files
         size = sum(path.stat().st_size for path in files)
         shown = progress(files, len(files), "indexing") if size > 2**30 else files
         found = [_find_lines(path) for path in shown]
-        self.offset, self.number = np.concatenate([np.zeros((2, 0), np.int64), *found], axis=1)
-        self.ends = np.cumsum([lines.shape[1] for lines in found])  # samples up to with each file
+        lines = np.concatenate([np.zeros((2, 0), np.int64), *found], axis=1)
+        self.offset, self.number = lines  # of each sample: where it begins, which line it is
+        self.ends = np.cumsum([of_file.shape[1] for of_file in found])  # a file's last sample, + 1
 
     def __len__(self):
         return len(self.offset)
@@ -420,8 +428,9 @@ class Samples(Sequence):
 
 def _parse_record(line, root, path):
     """One line of annotations -> Sample; ValueError, KeyError, ... if it is none."""
-    record, (source, *_, task, kind, _) = json.loads(line), path.relative_to(root).parts
-    names = {"user": "human", "assistant": "gpt"}
+    record = json.loads(line)
+    source, *_, task, kind, _ = path.relative_to(root).parts
+    names = {"user": "human", "assistant": "gpt"}  # sorted, "gpt" comes before "human"
     turns = sorted((names.get(turn["from"], turn["from"]), turn["value"].strip())
                    for turn in record["conversations"] if turn["from"] != "system")
     if [who for who, _ in turns] != ["gpt", "human"]:
@@ -469,7 +478,7 @@ def load_samples(root, split="train", tasks=None, kinds=("select", "fill")):
 
 
 def _find_lines(path):
-    """Offset in bytes and number from 1 of each line of a file that is not blank: (2, lines)."""
+    """(2, lines): of each line that is not blank its offset in bytes and its number from 1."""
     with open(path, "rb") as file:
         lengths = np.array([len(line) for line in file], np.int64)
     lines = np.stack([np.cumsum(lengths) - lengths, 1 + np.arange(len(lengths))])
@@ -531,13 +540,15 @@ def _read_matrix(path, rows):
 
 
 def _fit_intrinsics(K, size, image_size, path):
-    """Intrinsics (3, 3) for a depth map of `size` (W, H), whichever grid of pixels the file speaks
-    of: ScanNet++ states the colour camera's for its small depth maps.
+    """Intrinsics (3, 3) for a depth map of `size` (W, H), from a file that may state them for
+    another size of picture: ScanNet++ states the colour camera's beside its small depth maps.
 
-    A principal point lies near the middle of its grid, so a grid's size is about 2 c + 1. The grid
-    is the depth map's if that fits within 20 %, or else the picture's if that does. Where both have
-    one size, there is nothing to tell apart, and 80 % will do. Or else it is a larger picture's, of
-    the depth map's shape: 2 c + 1 itself. DataError if it can be none of these.
+    The principal point (cx, cy) lies near the middle, so the file speaks of a picture of about
+    2 cx + 1 by 2 cy + 1 pixels. The first of these that fits is taken:
+    - the depth map's size, within 20 %, or within 80 % if the picture's is the same;
+    - the picture's size, within 20 %;
+    - 2 c + 1 itself, if it is larger than both and has the depth map's shape within 20 %.
+    Raises DataError if none fits.
     """
     size = np.array(size)
     image_size = np.array(image_size)
@@ -585,9 +596,9 @@ def _draw_marker(picture, mark, rgb):
 
 
 def is_held_out(images):
-    """Whether frames, paths, are kept from training where the data has no val split.
+    """Whether a sample of these images (paths) is kept from training, if the data has no val split.
 
-    One frame in ten is, by a hash of its name, and with it each pair and sample that it stands in.
+    A hash of a frame's name holds out one frame in ten. What shows a held-out frame is held out.
     """
     names = ["/".join(path.parts[-3:]) for path in images]
     return any(zlib.crc32(name.encode()) % 10 == 0 for name in names)  # not in the paper: held-out
@@ -619,7 +630,7 @@ class Walk:
                             f"samples, or a val folder beside train{self.first_problem()}")
 
     def may_train(self, k):
-        """Whether sample k may be trained on: where there is a val split, each."""
+        """Whether sample k may be trained on. Each may, if there is a val split."""
         if self.has_val:
             return True
         _, may = self.attempt(lambda sample: not is_held_out(sample.images), self.samples, k)
@@ -650,8 +661,8 @@ class Walk:
         return self.drawn[order[place]]
 
     def batches(self, prepare, start, steps, batch, rank, world, workers):
-        """Yield the [(name, prepare(sample) or None), ...] of process `rank` of `world`, a step at
-        a time from step `start` on, read ahead; every world-th sample of a batch is its own."""
+        """Yield what process `rank` of `world` works on in each step from `start` on, read ahead:
+        [(name, prepare(sample) or None), ...]. It has every world-th sample of a batch."""
         positions = (step * batch + k for step in range(start, steps)
                      for k in range(rank, batch, world))
 
@@ -691,7 +702,7 @@ def read_ahead(prepare, numbers, workers):
             yield queue.popleft().result()
 
 
-EMPTY_SHARE = 0.25  # of pairs that stand apart may lack overlap: SPAR asks what views share
+EMPTY_SHARE = 0.25  # more pairs than this without overlap are odd: SPAR asks what views share
 
 
 def describe_pairs(pairs):
@@ -721,8 +732,9 @@ def describe_pairs(pairs):
 # ------------------------------------------------------- rendered rooms: the inverse of unproject
 
 ROOM_VERSION = 3  # of what render_rooms writes; raise it when that changes: old rooms are redone
-HEADINGS = 11 * np.array([-3, -2, 1, 3])  # degrees; any two differ by another of 11, 22, .. 66 (a
-# Golomb ruler), and with +-5.5 each the pans from one to another spread evenly
+# Degrees. The six differences of two are 11, 22, .. 66, each once (a Golomb ruler). Each heading is
+# drawn within +-5.5 degrees of its own, which makes the turns between two evenly frequent.
+HEADINGS = 11 * np.array([-3, -2, 1, 3])
 ROOM_RGB = {"red": (205, 45, 40), "green": (50, 150, 65), "blue": (45, 85, 200),
              "yellow": (240, 205, 55), "orange": (240, 135, 40), "purple": (130, 65, 170),
              "pink": (245, 155, 190), "white": (240, 238, 230), "black": (45, 45, 50)}
@@ -793,10 +805,11 @@ SHADES = ((130, 245), (70, 120), (205, 235))  # of the four walls, of floor, of 
 
 
 def place_cameras(size, rng):
-    """Five cam2world: a level gaze; then four that stand a step ahead of it and turn in place.
+    """Five cam2world: one camera with a level gaze, and four that stand together, a step ahead.
 
-    The step is 0.4 to 1 m along that gaze, which is also the heading of one of the four; these are
-    tilted by up to 18 degrees, by up to 20 between two. All stand 1 m or more from the walls.
+    The step is 0.4 to 1 m along the first one's gaze, and one of the four has the same heading. The
+    four are tilted by up to 18 degrees, any two of them by angles that differ by up to 20. All five
+    stand 1 m or more from the walls.
     """
     while True:
         place = np.array([*rng.uniform(1, size[:2] - 1), rng.uniform(1.3, 1.7)])
@@ -838,7 +851,8 @@ def cast(room, K, cam2world, width, height):
     inverse = np.float32(1 / np.where(rays == 0, 1e-9, rays)).reshape(3, -1)  # (3, pixels)
     depth = np.full(height * width, np.inf, np.float32)
     number = np.zeros(height * width, np.uint8)
-    for k, (away, half) in enumerate(np.float32(np.stack([room.centre - origin, room.half], 1))):
+    boxes = np.float32(np.stack([room.centre - origin, room.half], 1))  # (S, 2, 3)
+    for k, (away, half) in enumerate(boxes):
         a = (away - half)[:, None] * inverse  # depths of the box's planes, along each axis
         b = (away + half)[:, None] * inverse
         enter = np.minimum(a, b).max(0)
@@ -865,7 +879,7 @@ def paint(room, number, points_world):
     mix = 0.25 + 0.25 * np.tanh(4 * np.sin(wave) * np.cos(across))  # soft edges: no aliasing
     normal = (p - centre) / half  # 1 or -1 on the face that the point is on
     side = np.sort(np.abs(normal), axis=0)
-    mix[side[1] > 0.88] = 2  # dark along the edges
+    mix[side[1] > 0.88] = 2  # blocks and pictures have dark edges: twice as far as to the pattern
     to_lamp = room.centre[:6].mean(0).astype(np.float32)[:, None, None] - p
     light = (normal * to_lamp * (np.abs(normal) == side[2])).sum(0) / np.sqrt((to_lamp**2).sum(0))
     ground = ground + (0.5 + 0.5 * np.sin(p.sum(0))) * (far - ground)
@@ -891,10 +905,11 @@ def _in_view(room, depth, number):
 def _questions(room, seen, rng):
     """Yield (task, frames, question, answer, wrong options: none for a fill, markers).
 
-    seen: _in_view of each frame. camera_turn is asked of every ordered pair that turns by 10 to 70
-    degrees, or by 10 to 60 after the step; behind it stands one of OTHER_TASKS, about a red-marked
-    block or picture in view 0, which view 1 shows too if it is to be found there, and a blue-marked
-    one in view 1.
+    seen: _in_view of each frame. camera_turn is asked of every ordered pair of the four turned
+    frames that turns by 10 to 70 degrees, and from frame 0 to each of them that turns by 10 to 60.
+    After it comes one question of OTHER_TASKS, if the views show enough. `red`, a block or picture
+    that view 0 shows, and `blue`, one that view 1 shows, are what it is about (view_change_infer is
+    about neither). For position_matching view 1 must show `red` as well.
     """
     for i, j in itertools.product(range(5), range(1, 5)):
         pose = relative_pose(room.poses[i], room.poses[j])
@@ -954,11 +969,12 @@ def render_rooms(root, rooms=1000, seed=0, size=128, held_out=0.1):
     """Write `rooms` rendered rooms as a SPAR-7M-RGBD tree and a benchmark with SPAR-Bench's fields.
 
         root/rooms/images/<room>/{image_color,image_depth,pose,intrinsic}/...  5 frames a room
-        root/rooms/qa_jsonl/{train,val}/<task>/<kind>/<kind>_<N>.jsonl         the last 10 % are val
+        root/rooms/qa_jsonl/{train,val}/<task>/<kind>/<kind>_<N>.jsonl         the last ones are val
         root/benchmark/rooms.jsonl, root/benchmark/images/                     val, markers drawn
 
-    size: pixels of a side. Deterministic by seed; a finished tree with the same arguments is left
-    alone, an interrupted one redone. Returns root.
+    size: pixels of a side; held_out: share of the rooms. The seed decides everything. A finished
+    tree with the same arguments is left alone; one with other arguments is deleted and redone.
+    Returns root.
     """
     root = Path(root)
     unfinished = Path(f"{root}.partial")

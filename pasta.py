@@ -61,8 +61,8 @@ from transformers import (
 import geometry
 import rewards
 
-MADE_BY = {"out/demo/model": "python pasta.py --grid 4"}  # and what writes it
-MAY_BE_0 = ("seed", "t", "t_rel", "warmup")  # arguments
+MADE_BY = {"out/demo/model": "python pasta.py --grid 4"}  # {model directory: what writes it}
+MAY_BE_0 = ("seed", "t", "t_rel", "warmup")  # the other numbers of the command line are above 0
 
 
 def parse_args(argv=None):
@@ -70,7 +70,8 @@ def parse_args(argv=None):
         description="PaStA: align Qwen2.5-VL's image encoder across posed views.",
         allow_abbrev=False)
     # what to train on what; without --model and --data, a demo that needs neither
-    p.add_argument("--model", help="model directory or hub id; default: a tiny random Qwen2.5-VL")
+    p.add_argument("--model", help="model directory or hub id; default: "
+                                   "Qwen/Qwen2.5-VL-3B-Instruct, demo: a tiny Qwen2.5-VL")
     p.add_argument("--data", help="SPAR-7M-RGBD tree (the folder that holds scannet/, ...); "
                                   "default: rendered rooms")
     p.add_argument("--out", default="out/pasta", help="where the aligned model and the log go")
@@ -118,7 +119,7 @@ def parse_args(argv=None):
 
     first = p.parse_args(argv)
     demo = first.data is None
-    if demo:  # the only place where demo and real run differ
+    if demo:  # without --data
         values = {"model": "out/demo/model", "data": "out/demo/data", "batch": 4, "lr": 1e-3,
                   "steps": 1000, "max_pixels": 112 * 112, "no_recompute": True}
     else:
@@ -178,7 +179,7 @@ def directional_loss(S, e_x, e_y, tau1, tau2, skip_empty=False):
     if skip_empty:
         rows = S.amax(-1) > 0
         if not rows.any():
-            return CE.sum() * 0, H.sum() * 0
+            return CE.sum() * 0, H.sum() * 0  # 0, with a gradient to go backward from
         CE = CE[rows]
         H = H[rows]
     return CE.mean(), H.mean()  # Eq. 5
@@ -201,8 +202,8 @@ def encode(encoder, pixels, grids, n):
     device = encoder.patch_embed.proj.weight.device
     merge = encoder.config.spatial_merge_size
     encoded = encoder(pixels.to(device), grid_thw=grids.to(device))
-    # what the language model reads, in raster order; last_hidden_state has that of attention
-    # windows, which shows in larger images only
+    # what the language model reads, in raster order; last_hidden_state is in the order of the
+    # attention windows, which is the same only in small images
     tokens = encoded.pooler_output  # (sum of h w, D)  # not in the paper: which features
     sizes = [(h // merge, w // merge) for _, h, w in grids.tolist()]
     images = tokens.split([h * w for h, w in sizes])
@@ -294,8 +295,8 @@ def evaluate(encoder, heldout, args, start_features=None):
 def draw_matches(path, heldout, before, after, n):
     """A picture of the first held-out pairs, before training (left) and now (right).
 
-    Lines join the up to 12 patches of the first view that are surest of their match (and have a
-    true one) to their match in the second view: green if that patch overlaps most, red if not.
+    Of the patches of the first view that overlap with the second, up to 12 with the most similar
+    matches are drawn. A line leads to the match: green if that patch overlaps most, red if not.
     """
     rows = []
     for (views, *_), matched_before, matched_after in zip(heldout, before, after):
@@ -400,9 +401,9 @@ def put_heads_in(model):
     before, for *what* a token shows, in the features below 128, and fetches where that was. The
     heads know no pose and no room: whether what they compare looks alike is up to the encoder.
 
-    Weights are (out, in), of 192 features; q, k and v have 3 heads of 64 = 2 halves of 32
-    frequencies, high ones first, which a position rotates: 2 by the row, 30 by the column. The
-    factors were found by trial, on seed 0.
+    Weights are (out, in), of 192 features; q, k and v have 3 heads of 64 features. A position
+    rotates those of q and k, which are 2 halves of 32 frequencies, high ones first: the row rotates
+    the first 2, the column the other 30. The factors were found by trial, on seed 0.
     """
     layers = model.model.language_model.layers
     where = layers[0].self_attn
@@ -448,7 +449,7 @@ def put_heads_in(model):
 
 class Recompute(torch.autograd.Function):
     """Activation checkpointing: keep what goes into a function, run it again in the backward pass.
-    Gradients of what the function uses beside its inputs, a block's weights, add up there."""
+    What it uses beside its inputs, a block's weights, gets gradients in that second run."""
 
     @staticmethod
     def forward(ctx, run, *inputs):
@@ -585,8 +586,9 @@ def place(model, dtype, device):
 
 
 def save_checkpoint(out, state, optimizer):
-    """Masters and two moments, files whose names carry the step; then checkpoint.json, which names
-    them, renamed over the last one: a kill or a full disk spares what was there before."""
+    """Write masters and two moments to files whose names carry the step, and then checkpoint.json,
+    which names these files. A rename puts it in place of the last one, and only then are older
+    files deleted: a kill or a full disk spares what was there before."""
     files = {kind: f"checkpoint-{state['step']}-{kind}.safetensors"
              for kind in ("master", "exp_avg", "exp_avg_sq")}
     state |= {"files": files, "t": optimizer.t, "good": optimizer.good, "scale": optimizer.scale,
@@ -615,7 +617,8 @@ def read_checkpoint(out):
         return {}
     try:
         state = json.loads(path.read_text())
-        state["args"]["steps"], state["step"], state["files"], state["missed"]  # or it is none
+        # KeyError or TypeError if one of these is missing
+        state["args"]["steps"], state["step"], state["files"], state["missed"]
         return state
     except (ValueError, KeyError, TypeError) as error:
         raise geometry.DataError(f"{path}: cannot be read as a checkpoint ({error}); remove it to "
@@ -694,8 +697,11 @@ def lock_folder(out):
 
 
 def find_model(name):
-    """A complete 16- or 32-bit model: its directory, `name` or the hub's copy, and {plain name:
-    (numbers, dtype as the file calls it)} of its tensors, from the files' headers."""
+    """Find a complete 16- or 32-bit model: `name` is its directory or its id on the hub.
+
+    Returns the directory and, read from the files' headers, {plain name: (how many numbers, the
+    file's word for their dtype)} of all tensors.
+    """
     path = Path(name)
     if name in MADE_BY and not (path / "config.json").exists():
         raise geometry.DataError(f"{name}: not there yet; run `{MADE_BY[name]}` first")
@@ -737,7 +743,8 @@ def plain(key):
 
 
 def load_model(path, headers):
-    """Model and tokenizer of a directory, on the CPU, in the widest dtype that its files state."""
+    """Model and tokenizer of a directory, on the CPU; fp32 unless all tensors are of one 16-bit
+    dtype."""
     transformers.utils.logging.disable_progress_bar()
     kinds = "".join({kind for _, kind in headers.values()})  # config.json may say another
     dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(kinds, torch.float32)
@@ -753,8 +760,9 @@ def load_model(path, headers):
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise geometry.DataError(
             f"{path}: cannot be read as a Qwen2.5-VL ({str(error).splitlines()[0]})") from None
-    embed = model.model.visual.patch_embed  # the matrix product that it is: as a 3-D convolution
-    embed.forward = lambda pixels: F.linear(  # by patch it is slow
+    # the library's 3-D convolution, one patch at a time, is slow; it is this matrix product
+    embed = model.model.visual.patch_embed
+    embed.forward = lambda pixels: F.linear(
         pixels.to(embed.proj.weight.dtype), embed.proj.weight.flatten(1))
     return model, tokenizer
 
@@ -763,7 +771,8 @@ def save_model(model, source, out, optimizer):
     """Write model directory `source` to `out` with the trained tensors in place of its own.
 
     All else leaves as it came: other tensors bit for bit, dtypes, names, shards, json files. So
-    what reads the source reads `out`. Moved there when all is written: a kill harms no model.
+    what reads the source reads `out`. All is written to `incoming` first, then moved: a kill while
+    it is written harms no model.
     """
     masters = {p: master.detach() for p, master, _ in optimizer.tensors.values()}
     trained = {}
@@ -830,11 +839,11 @@ def gather(items):
 def memory_line(weights, trained, tokens, dtype, device, offload=False, pixels=0):
     """A line that says how much memory a run will take, and what to do if less is free.
 
-    weights: how many numbers all weights are; trained: how many each trained tensor is; tokens of
-    which activations are kept; pixels of the held-out pictures. By arithmetic: a trained number has
-    an fp32 master, a gradient and two moments, on the host a tenth more, which freed tensors leave
-    unusable; the largest tensor's new gradient stands beside them. A checkpoint is written from a
-    copy on the host.
+    weights: how many numbers the model has; trained: how many each trained tensor has; tokens: how
+    many keep their activations, 256 KiB each; pixels: how many the held-out pictures have.
+    A trained number has an fp32 master, a gradient and two moments. On the host these take a tenth
+    more, since freed tensors leave memory unusable. The largest tensor's new gradient stands beside
+    them. A checkpoint is written from a copy on the host.
     """
     masters_are_weights = dtype == torch.float32 and not offload
     state = sum(trained) * (12 if masters_are_weights else 16)
@@ -852,7 +861,8 @@ def memory_line(weights, trained, tokens, dtype, device, offload=False, pixels=0
         free["host"] = 1024 * int(available[1]) if available else math.inf
     line = "memory  " + ", ".join(f"{where} {need[where] / 2**30:.1f} GiB" for where in need)
     if any(need[where] > free.get(where, math.inf) for where in need):
-        line += ", more than is free: --freeze, --offload (on a GPU), fewer --max-pixels take less"
+        line += (", more than is free: --freeze, --offload (on a GPU; pasta.py has neither), fewer "
+                 "--max-pixels take less")
     return line
 
 
@@ -968,10 +978,11 @@ def main(argv=None):
         f"{args.batch} a step over {world} process(es); {args.steps - start:,} steps")
 
     # the model; its image encoder in the working dtype, with fp32 masters
-    vision = [numbers for name, (numbers, _) in headers.items() if name.startswith("visual.")]
+    vision = [count for name, (count, _) in headers.items() if name.startswith("visual.")]
     say(f"model   {args.model}: the image encoder trains, {sum(vision):,} parameters, {dtype} on "
         f"{device}")
-    say(memory_line(sum(vision), vision, 12 * args.max_pixels // 784, dtype, device,
+    tokens = 3 * args.max_pixels // 14**2  # three images a sample, in patches of 14 x 14 pixels
+    say(memory_line(sum(vision), vision, tokens, dtype, device,
                     pixels=args.heldout * 2 * args.max_pixels))
     model, _ = load_model(source, headers)
     encoder = model.model.visual

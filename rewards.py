@@ -9,8 +9,8 @@
     Eq. 11  R_fmt in {0, 1}                              format_reward
     Eq. 12  l1 = l2 = l3 = 1                             WEIGHTS
 
-Appendix C's sentences stand above what computes them, in its order. Every function takes any text:
-none raises or returns NaN, and each part of the reward stays in [0, 1]. Views are counted from 0,
+Appendix C's sentences stand above what computes them, in its order. A model may write any text:
+no part of the reward raises or is NaN for it, and each stays in [0, 1]. Views are counted from 0,
 as in appendix B.2 (Eq. 7 counts from 1).
 
 Beyond the paper: the choices tagged "not in the paper: NAME"; docs/choices.md lists them.
@@ -146,7 +146,9 @@ def _similarity(pose, gold, tau_t, tau_r):
         d_t, d_r = geometry.pose_error(pose, gold)
         similarity = np.exp(-d_t / tau_t) * np.exp(-d_r / tau_r)  # Eq. 10
         # "Optionally, degenerate "stop-like" predicted plans are penalized by setting
-        # R_act-acc = 0." Those that go under a tenth of the way and of the turn.
+        # R_act-acc = 0." A plan is stop-like if it moves by less than a tenth of the gold's way,
+        # turns by less than a tenth of its angle (or by less than rounding leaves), and the gold
+        # does move or turn.
         moved, turned = geometry.pose_error(pose, np.eye(4))
         gold_moved, gold_turned = geometry.pose_error(gold, np.eye(4))
         stays = moved < np.maximum(0.1 * gold_moved, ROUNDING_M)
@@ -156,7 +158,7 @@ def _similarity(pose, gold, tau_t, tau_r):
     return np.where(stops, 0.0, np.nan_to_num(similarity))
 
 
-ROUNDING_M = 0.01  # what a plan's rounding leaves of a pose that stays where it is
+ROUNDING_M = 0.01  # plans are rounded to this: a smaller move or turn counts as none
 ROUNDING_DEG = 1.0
 
 
@@ -166,11 +168,11 @@ NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 
 
 def answer_reward(prediction, gold, task, kind):
-    """R_ans in [0, 1]: prediction and gold texts by SPAR task and question type ("select", "fill").
+    """R_ans in [0, 1]: how well a prediction matches the gold answer, both texts.
 
-    "The evaluation metric is selected based on the question sub-category and question type." A pair
-    that METRICS lacks is compared literally, or by MRA if the gold is one number, and a warning
-    says so once.
+    task: of SPAR; kind: the question type, "select" or "fill". "The evaluation metric is selected
+    based on the question sub-category and question type." Where METRICS has none, texts are
+    compared literally, or by MRA if the gold holds one number, and a warning says so once.
     """
     # "If either is missing or the required structure cannot be parsed, the reward is set to 0."
     if not isinstance(prediction, str) or not isinstance(gold, str):
@@ -211,8 +213,9 @@ def selection(prediction, gold):
 
 
 def numeric(prediction, gold):
-    """ "For numerical fill questions, we use Mean Relative Accuracy (MRA). Both must contain
-    exactly one numeric value; otherwise the reward is 0." """
+    """ "For numerical fill questions (e.g., distance or depth prediction), we use Mean Relative
+    Accuracy (MRA). Both [texts] must contain exactly one numeric value; otherwise the reward is
+    0." """
     p = _numbers(prediction)
     g = _numbers(gold)
     return mean_relative_accuracy(p[0], g[0]) if len(p) == len(g) == 1 else 0.0
@@ -248,7 +251,8 @@ def _area(box):
 def object_phrase(prediction, gold):
     """ "Object-based distance inference: soft exact match after removing parenthetical
     annotations." Case, punctuation, articles and white space do not count."""
-    return _soft(prediction) == _soft(gold) != ""
+    words = _soft(prediction)
+    return words != "" and words == _soft(gold)
 
 
 def _soft(text):
@@ -274,6 +278,7 @@ def camera_motion(prediction, gold):
     return score
 
 
+# the canonical dimensions, each as (positive name, negative name)
 AXES = (("move_right", "move_left"), ("move_up", "move_down"), ("move_forward", "move_backward"),
         ("rotate_right", "rotate_left"), ("rotate_up", "rotate_down"))
 
@@ -290,7 +295,8 @@ def view_change(prediction, gold):
 
 
 def _motion(text):
-    """{axis: signed amount} of "move_left:2.6,rotate_up:10,..."; None if an item is no such."""
+    """Read "move_left:2.6,rotate_up:10,..." as {axis: signed amount}, 0 for an axis not named. None
+    if an item is not of the form name:number, or no name is one of AXES."""
     amounts = {}
     for item in text.split(","):
         found = re.fullmatch(rf"\s*([a-z_]+)\s*:\s*({NUMBER.pattern})\s*", item)
@@ -377,11 +383,12 @@ def gold_plans(poses):
 
 
 def gold_of(sample, plans=True):
-    """The Gold of a geometry.Sample: its answer and, with plans, for which its poses are read, the
-    teacher's plan for each pair of views. DataError if its own answer would not earn R_ans 1."""
+    """The Gold of a geometry.Sample. With plans, the sample's poses are read, and actions holds the
+    teacher's plan for each pair of views; else it is {}. Raises DataError if the sample's own
+    answer would not earn R_ans 1."""
     views = len(sample.images)
     fits = answer_reward(sample.answer, sample.answer, sample.task, sample.kind)
-    if fits < 1:  # not in the paper: unfit golds
+    if not fits >= 1:  # NaN of an infinite number, too  # not in the paper: unfit golds
         raise geometry.DataError(f"{sample.id}: no answer to a {sample.kind} question of "
                                  f"{sample.task} can match {sample.answer!r:.60}")
     actions = gold_plans([sample.pose(k) for k in range(views)]) if plans else {}
@@ -394,13 +401,14 @@ def only_turns(actions):
 
 
 def constant_plan(golds):
-    """(R_act, plan): the one plan that, written for every pair, scores best; of the golds' own.
+    """(R_act, plan): which of the golds' plans scores best if it is written for every pair.
 
-    golds: [{(i, j): plan}, ...]. Knowing it, a model that looks at no image can score this much.
+    golds: [{(i, j): plan}, ...]. A model that knows this plan and looks at no image scores R_act.
     """
     plans = [plan for gold in golds for plan in gold.values()]
     poses = np.stack([geometry.pose_from_actions(plan) for plan in plans])
-    share = np.array([1 / len(gold) for gold in golds for _ in gold])  # R_act is a sample's mean
+    # R_act is a mean over a sample's pairs, so each of k pairs weighs 1 / k
+    share = np.array([1 / len(gold) for gold in golds for _ in gold])
     R_act = [np.average(_similarity(pose, poses, 1.0, 30.0), weights=share) for pose in poses]
     return float(max(R_act)), plans[int(np.argmax(R_act))]
 

@@ -67,6 +67,7 @@ def test_plans_of_poses_come_back(rooms):
     ("position_matching", "fill", "1,2,3", False), ("position_matching", "fill", "5 5 5 9", False),
     ("view_change_infer", "fill", "move_left:1.0", True), ("obj_count", "fill", "nan", False),
     ("view_change_infer", "fill", "left by 1", False), ("appearance_order", "fill", "()", False),
+    ("camera_motion_infer", "fill", "1e999 1 1", False),
     ("anything", "select", " C. left", True), ("anything", "select", " ", False)])
 def test_a_gold_that_no_answer_can_match(task, kind, answer, fits):
     sample = geometry.Sample("a", "s", task, kind, "?", answer, [], [], {})
