@@ -403,10 +403,10 @@ class Samples(Sequence):
         self.files = files
         size = sum(path.stat().st_size for path in files)
         shown = progress(files, len(files), "indexing") if size > 2**30 else files
-        found = [_find_lines(path) for path in shown]
-        lines = np.concatenate([np.zeros((2, 0), np.int64), *found], axis=1)
-        self.offset, self.number = lines  # of each sample: where it begins, which line it is
-        self.ends = np.cumsum([of_file.shape[1] for of_file in found])  # a file's last sample, + 1
+        offsets = [_line_offsets(path) for path in shown]
+        self.offset = np.concatenate([np.zeros(0, np.int64), *offsets])
+        self.ends = np.cumsum([len(of_file) for of_file in offsets])  # a file's last sample, + 1
+        self.every_line = {}  # {file with a line that is no sample: where each of its lines begins}
 
     def __len__(self):
         return len(self.offset)
@@ -422,7 +422,10 @@ class Samples(Sequence):
         try:
             return _parse_record(line, self.root, path)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}, line {self.number[index]}: not a SPAR record "
+            if path not in self.every_line:
+                self.every_line[path] = _line_offsets(path, shortest=1)
+            number = np.searchsorted(self.every_line[path], offset) + 1
+            raise DataError(f"{path}, line {number}: not a SPAR record "
                             f"({type(error).__name__}: {error})") from None
 
 
@@ -477,12 +480,12 @@ def load_samples(root, split="train", tasks=None, kinds=("select", "fill")):
     return samples
 
 
-def _find_lines(path):
-    """(2, lines): of each line that is not blank its offset in bytes and its number from 1."""
+def _line_offsets(path, shortest=3):
+    """Byte offset of each line of a file that is not shorter than that, its end included, (lines,)
+    int64. The shortest record is "{}" and a line end."""
     with open(path, "rb") as file:
         lengths = np.array([len(line) for line in file], np.int64)
-    lines = np.stack([np.cumsum(lengths) - lengths, 1 + np.arange(len(lengths))])
-    return lines[:, lengths > 2]  # "{}" and a line end is the shortest record
+    return (np.cumsum(lengths) - lengths)[lengths >= shortest]
 
 
 def fingerprint(files):

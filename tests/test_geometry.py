@@ -403,12 +403,17 @@ def test_no_frame_that_is_held_out_is_trained_on(tmp_path):
             geometry.Walk(tmp_path / name, 100, 0)
 
 
-def test_many_lines_that_are_no_samples(tmp_path, capsys):
-    """Twenty are named, all are counted; the first is told again in the last line."""
-    annotate(tmp_path, [{"conversations": None, "messages": []}] * 300)
+def test_many_lines_that_are_no_samples(tmp_path, capsys, monkeypatch):
+    """Twenty are named, all are counted; the first is told again in the last line. Lines of a file
+    are counted once."""
+    path = annotate(tmp_path, [{"conversations": None, "messages": []}] * 300)
+    opened = []
+    monkeypatch.setattr(geometry, "_line_offsets", lambda *a, count=geometry._line_offsets, **b: (
+        opened.append(a), count(*a, **b))[1])
     with pytest.raises(geometry.DataError, match=r"too few .* \(300 problems, the first: .*line"):
         geometry.Walk(tmp_path, 100, 0)
     assert capsys.readouterr().out.count("skipped ") == 20
+    assert opened == [(path,)] * 2
 
 
 def test_order_is_a_function_of_seed_and_position(tmp_path):

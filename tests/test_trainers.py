@@ -600,3 +600,4 @@ def test_what_a_gpu_can_do(monkeypatch, capsys):
             said = capsys.readouterr().out
             assert (rank, world, device.type, got) == (0, 1, "cuda" if gpu else "cpu", dtype)
             assert warning in said and bool(warning) == ("warning" in said)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # it would plan for every length anew
