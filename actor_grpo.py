@@ -1012,7 +1012,9 @@ def memory_line(weights, trained, tokens, dtype, device, offload=False, pixels=0
 
 def open_log(path, args, step):
     """Begin a log with arguments and versions; of a resumed run keep the lines up to `step`."""
-    lines = path.read_text().splitlines()[1:] if args.resume and path.exists() else []
+    lines = []
+    if args.resume and path.exists():
+        lines = path.read_text(errors="replace").splitlines()[1:]
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "transformers": transformers.__version__, "numpy": np.__version__}
     head = {"args": vars(args), "versions": versions}

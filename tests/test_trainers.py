@@ -436,7 +436,7 @@ def test_logits_that_are_not_finite(trainers, tiny_model, tmp_path):
 
 @pytest.mark.parametrize("file, damage, message", [
     ("log.jsonl", lambda text: text + b'{"step": 9, "inner": {"a": 1}', ""),
-    ("log.jsonl", lambda text: text + b'[1]\n\n"step"\n{}\n', ""),
+    ("log.jsonl", lambda text: text + b'[1]\n\n"step"\n{}\n\xff\xfe', ""),
     ("checkpoint.json", lambda text: b"", "checkpoint.json: cannot be read as a checkpoint"),
     ("checkpoint.json", lambda text: text[:-9], "checkpoint.json: cannot be read as a checkpoint"),
     ("checkpoint.json", lambda text: bytes(len(text)), "checkpoint.json: cannot be read as a chec"),
