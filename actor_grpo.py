@@ -333,8 +333,9 @@ def rollout(model, prompts, images, noise, temperature, banned, end):
     for b, prompt in enumerate(prompts):
         begin = L - len(prompt.ids)
         sees[b, :, :, begin:L] = True
-        place = memory[:, :, b:b + 1, :, begin:L]
-        x.append(read_prompt(model, prompt, images[b], place, overwrite)[0])
+        own = memory[:, :, b:b + 1, :, begin:L]
+        last, _ = read_prompt(model, prompt, images[b], own, overwrite)
+        x.append(last)
     x = torch.cat(x).expand(-1, G, -1)  # (B, G, D)
     assert x.shape[:2] == (B, G)
     after = torch.stack([prompt.positions.max() + 1 for prompt in prompts]).to(device)  # (B,)

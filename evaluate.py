@@ -981,7 +981,7 @@ def panel(title, lines, axis="step"):
     by_name = {}
     for name, steps, values in lines:
         by_name.setdefault(name, []).append((steps, values, running_mean(values)))
-    means = [running_mean(values) for _, _, values in lines]
+    means = [mean for curves in by_name.values() for _, _, mean in curves]
     low = min(map(np.min, means))
     high = max(max(map(np.max, means)), low + 0.01 * abs(low) + 1e-6)
     first = min(steps[0] for _, steps, _ in lines)

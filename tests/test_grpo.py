@@ -199,7 +199,7 @@ def ids_of(tokenizer, *names):
 def test_rollouts_equal_naive_sampling(made, which, temperature, budgets, monkeypatch):
     """All prompts in one call, of different lengths, each as far as its own budget reaches; those
     that have ended leave the batch."""
-    (model, tokenizer, make), banned = made, ids_of(made[1], *actor_grpo.BANNED)
+    (model, _, make), banned = made, ids_of(made[1], *actor_grpo.BANNED)
     prompts = [make(SIZES[k], "--max-new-tokens", str(n)) for k, n in zip(which, budgets)]
     assert [prompt.longest for prompt in prompts] == list(budgets)
     noise = torch.stack([actor_grpo.uniforms(0, 1, k, G, max(budgets)) for k in which])
@@ -230,7 +230,7 @@ def test_rollouts_equal_naive_sampling(made, which, temperature, budgets, monkey
 
 def test_a_batch_changes_no_completion(made):
     """Each prompt by itself, and next to others that are longer, or are given longer noise."""
-    (model, tokenizer, make), end = made, torch.tensor(END)
+    (model, _, make), end = made, torch.tensor(END)
     prompts = [make(its, "--max-new-tokens", "20") for its in SIZES]
     noise = torch.stack([actor_grpo.uniforms(0, 1, k, G, 30) for k in range(3)])
     none = torch.tensor([], dtype=torch.long)
@@ -248,7 +248,7 @@ def test_a_batch_changes_no_completion(made):
 @pytest.mark.parametrize("see", ["prompt", "columns"])
 def test_wrong_masks_of_sampling_are_noticed(made, see, monkeypatch):
     """Negative controls: completions that see the zeros before their prompt, or each other."""
-    (model, tokenizer, make), layers = made, actor_grpo.run_layers
+    (model, _, make), layers = made, actor_grpo.run_layers
     prompts = [make(SIZES[k], "--max-new-tokens", "9") for k in (0, 1)]
     noise = torch.stack([actor_grpo.uniforms(0, 1, k, G, 9) for k in range(2)])
     L = max(len(prompt.ids) for prompt in prompts)
