@@ -72,7 +72,6 @@ import rewards
 
 MADE_BY = {"out/cold_start": "python actor_sft.py --target actions"}  # and what writes it
 MAY_BE_0 = ("seed", "warmup", "beta")  # arguments
-END = ["<|im_end|>", "<|endoftext|>"]  # end a turn; end a text, as a base model may do instead
 BANNED = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",  # not in the paper: sampling
           "<|image_pad|>", "<|video_pad|>"]
 
@@ -413,35 +412,9 @@ def chunk_log_probs(hidden, weight, targets):
 # ---------------------------------------------------------------------------- prompts and groups
 
 
-def encode_prompt(tokenizer, processor, pictures, text, name):
-    """What the model reads before its response: token ids, and the encoder's input for the images.
-
-    Qwen's ChatML, images first, equal to the published chat template. Control tokens are put in by
-    their ids, all else is tokenised as text, whatever it holds. DataError, with the sample's name,
-    for what image processor or tokenizer refuse.
-    """
-    try:
-        images = processor(images=pictures, return_tensors="pt")
-        system = tokenizer("system\nYou are a helpful assistant.")["input_ids"]
-        user = tokenizer("user\n")["input_ids"]
-        text = tokenizer(text)["input_ids"]
-        assistant = tokenizer("assistant\n")["input_ids"]
-        newline = tokenizer("\n")["input_ids"]
-    except (ValueError, TypeError) as error:
-        raise geometry.DataError(f"{name}: images or text cannot be encoded ({error})") from None
-    control = tokenizer.convert_tokens_to_ids([
-        "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"])
-    im_start, im_end, vision_start, vision_end, image_pad = control
-    ids = [im_start, *system, im_end, *newline, im_start, *user]
-    for _, h, w in images["image_grid_thw"].tolist():  # h, w in patches
-        tokens = h * w // processor.merge_size**2  # the encoder merges that many patches into one
-        ids += [vision_start] + [image_pad] * tokens + [vision_end]
-    return [*ids, *text, im_end, *newline, im_start, *assistant], dict(images)
-
-
 class Prompt(NamedTuple):
-    """A sample as the model is asked it: ids (L,), positions (3, L), images as encode_prompt's;
-    longest: how many tokens a completion may have."""
+    """A sample as the model is asked it: ids (L,), positions (3, L), images of
+    rewards.encode_prompt; longest: how many tokens a completion may have."""
 
     id: str
     ids: torch.Tensor
@@ -455,8 +428,8 @@ def make_prompt(sample, args, tokenizer, processor, model):
     """The Prompt of a geometry.Sample."""
     instruction = {"action": rewards.ACTION_INSTRUCTION,
                    "language": rewards.LANGUAGE_INSTRUCTION}[args.reasoning]
-    ids, images = encode_prompt(tokenizer, processor, sample.pictures(),
-                                f"{sample.question}\n{instruction}", sample.id)
+    ids, images = rewards.encode_prompt(tokenizer, processor, sample.pictures(),
+                                        f"{sample.question}\n{instruction}", sample.id)
     ids = torch.tensor(ids)
     positions, _ = model.model.get_rope_index(
         ids[None], (ids == model.config.image_token_id).int()[None],
@@ -490,7 +463,7 @@ def roll_out_groups(model, reference, tokenizer, prompts, args, step):
     shown = []
     if not prompts:
         return groups, logged, shown
-    end = torch.tensor(tokenizer.convert_tokens_to_ids(END), device=model.device)
+    end = torch.tensor(tokenizer.convert_tokens_to_ids(rewards.END), device=model.device)
     banned = torch.tensor(tokenizer.convert_tokens_to_ids(BANNED), device=model.device)
     block_name = "action" if args.reasoning == "action" else "think"
     # 2  roll out G completions of each from the current model

@@ -7,7 +7,7 @@ move" (Action-then-Answer Reasoning, section 3.4).
     --target mixed    both in one run: a share --mix of actions among direct answers (the hybrid
                       cold start of Actial)
 
-    what is asked             encode_prompt, equal to the model's published chat template
+    what is asked             rewards.encode_prompt, equal to the model's published chat template
     what is taught            make_example: rewards.write_response of the teacher's plans
     loss                      response_log_probs: -log p of the response's tokens, end included
     what it then writes       evaluate_responses: greedily, to held-out questions, and its rewards
@@ -67,7 +67,6 @@ MADE_BY = {"out/pasta": "python pasta.py --grid 4",  # the stages, and what runs
            "out/cold_start": "python actor_sft.py --target actions",
            "out/grpo": "python actor_grpo.py"}
 MAY_BE_0 = ("seed", "warmup", "beta")  # arguments
-END = ["<|im_end|>", "<|endoftext|>"]  # end a turn; end a text, as a base model may do instead
 
 
 def parse_args(argv=None):
@@ -143,32 +142,6 @@ def parse_args(argv=None):
 # ------------------------------------------------------------------------------------ the method
 
 
-def encode_prompt(tokenizer, processor, pictures, text, name):
-    """What the model reads before its response: token ids, and the encoder's input for the images.
-
-    Qwen's ChatML, images first, equal to the published chat template. Control tokens are put in by
-    their ids, all else is tokenised as text, whatever it holds. DataError, with the sample's name,
-    for what image processor or tokenizer refuse.
-    """
-    try:
-        images = processor(images=pictures, return_tensors="pt")
-        system = tokenizer("system\nYou are a helpful assistant.")["input_ids"]
-        user = tokenizer("user\n")["input_ids"]
-        text = tokenizer(text)["input_ids"]
-        assistant = tokenizer("assistant\n")["input_ids"]
-        newline = tokenizer("\n")["input_ids"]
-    except (ValueError, TypeError) as error:
-        raise geometry.DataError(f"{name}: images or text cannot be encoded ({error})") from None
-    control = tokenizer.convert_tokens_to_ids([
-        "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"])
-    im_start, im_end, vision_start, vision_end, image_pad = control
-    ids = [im_start, *system, im_end, *newline, im_start, *user]
-    for _, h, w in images["image_grid_thw"].tolist():  # h, w in patches
-        tokens = h * w // processor.merge_size**2  # the encoder merges that many patches into one
-        ids += [vision_start] + [image_pad] * tokens + [vision_end]
-    return [*ids, *text, im_end, *newline, im_start, *assistant], dict(images)
-
-
 class Example(NamedTuple):
     """A sample as tokens: ids (L,), the first `prompt` of them asked, the others taught."""
 
@@ -199,10 +172,11 @@ def make_example(sample, args, tokenizer, processor, form=None, dtype=torch.floa
     else:
         instruction = rewards.ANSWER_INSTRUCTION
         response = gold.answer
-    prompt, images = encode_prompt(tokenizer, processor, sample.pictures(),
-                                   f"{sample.question}\n{instruction}", sample.id)
+    prompt, images = rewards.encode_prompt(tokenizer, processor, sample.pictures(),
+                                           f"{sample.question}\n{instruction}", sample.id)
     try:
-        taught = [*tokenizer(response)["input_ids"], tokenizer.convert_tokens_to_ids(END[0])]
+        end = tokenizer.convert_tokens_to_ids(rewards.END[0])
+        taught = [*tokenizer(response)["input_ids"], end]
     except TypeError as error:
         raise geometry.DataError(f"{sample.id}: its answer cannot be encoded ({error})") from None
     images["pixel_values"] = images["pixel_values"].to(dtype)
@@ -241,11 +215,11 @@ def chunk_log_probs(hidden, weight, targets):
 def generate_greedily(model, tokenizer, prompts, longest):
     """The response that the model writes to each prompt if it takes the likeliest token each time.
 
-    prompts: [(ids, images) as encode_prompt returns them]. Returns a list of texts, None where a
-    logit was NaN or +inf: then no token is the likeliest. All prompts are one batch, padded on the
+    prompts: [(ids, images) of rewards.encode_prompt]. Returns a list of texts, None where a logit
+    was NaN or +inf: then no token is the likeliest. All prompts are one batch, padded on the
     left; a response ends before the first end token, or after `longest` tokens.
     """
-    end = tokenizer.convert_tokens_to_ids(END)
+    end = tokenizer.convert_tokens_to_ids(rewards.END)
     L = max(len(ids) for ids, _ in prompts)
     rows = []
     seen = []

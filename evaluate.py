@@ -64,7 +64,6 @@ from transformers import (
 import geometry
 import rewards
 
-END = ["<|im_end|>", "<|endoftext|>"]  # end a turn; end a text, as a base model may do instead
 MADE_BY = {"out/pasta": "python pasta.py --grid 4",  # the stages, and what runs them
            "out/sft": "python actor_sft.py --target answer",
            "out/cold_start": "python actor_sft.py --target actions",
@@ -200,7 +199,7 @@ def prompt_of(item, bench, mode):
 
 def before_end(text):
     """A text up to its first end token: other engines may return this token and text after it."""
-    return re.split("|".join(map(re.escape, END)), text, maxsplit=1)[0]
+    return re.split("|".join(map(re.escape, rewards.END)), text, maxsplit=1)[0]
 
 
 def answer_of(response):
@@ -788,7 +787,7 @@ def ask(items, args, tokenizer, processor, k):
         if args.blind:
             pictures = [Image.new("RGB", picture.size, "grey") for picture in pictures]
         text = prompt_of(item, args.bench, args.mode)
-        prompt = encode_prompt(tokenizer, processor, pictures, text, item.id)
+        prompt = rewards.encode_prompt(tokenizer, processor, pictures, text, item.id)
         return item, line, prompt
     except (OSError, ValueError, TypeError) as error:  # DataError is a ValueError
         return item, line | {"skipped": str(error)}, None
@@ -1150,40 +1149,14 @@ def draw_way(xy, gaze, colour):
 # ------------------------------------------------------------------------------------- plumbing
 
 
-def encode_prompt(tokenizer, processor, pictures, text, name):
-    """What the model reads before its response: token ids, and the encoder's input for the images.
-
-    Qwen's ChatML, images first, equal to the published chat template. Control tokens are put in by
-    their ids, all else is tokenised as text, whatever it holds. DataError, with the sample's name,
-    for what image processor or tokenizer refuse.
-    """
-    try:
-        images = processor(images=pictures, return_tensors="pt")
-        system = tokenizer("system\nYou are a helpful assistant.")["input_ids"]
-        user = tokenizer("user\n")["input_ids"]
-        text = tokenizer(text)["input_ids"]
-        assistant = tokenizer("assistant\n")["input_ids"]
-        newline = tokenizer("\n")["input_ids"]
-    except (ValueError, TypeError) as error:
-        raise geometry.DataError(f"{name}: images or text cannot be encoded ({error})") from None
-    control = tokenizer.convert_tokens_to_ids([
-        "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"])
-    im_start, im_end, vision_start, vision_end, image_pad = control
-    ids = [im_start, *system, im_end, *newline, im_start, *user]
-    for _, h, w in images["image_grid_thw"].tolist():  # h, w in patches
-        tokens = h * w // processor.merge_size**2  # the encoder merges that many patches into one
-        ids += [vision_start] + [image_pad] * tokens + [vision_end]
-    return [*ids, *text, im_end, *newline, im_start, *assistant], dict(images)
-
-
 def generate_greedily(model, tokenizer, prompts, longest):
     """The response that the model writes to each prompt if it takes the likeliest token each time.
 
-    prompts: [(ids, images) as encode_prompt returns them]. Returns a list of texts, None where a
-    logit was NaN or +inf: then no token is the likeliest. All prompts are one batch, padded on the
+    prompts: [(ids, images) of rewards.encode_prompt]. Returns a list of texts, None where a logit
+    was NaN or +inf: then no token is the likeliest. All prompts are one batch, padded on the
     left; a response ends before the first end token, or after `longest` tokens.
     """
-    end = tokenizer.convert_tokens_to_ids(END)
+    end = tokenizer.convert_tokens_to_ids(rewards.END)
     L = max(len(ids) for ids, _ in prompts)
     rows = []
     seen = []

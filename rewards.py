@@ -37,6 +37,33 @@ ANSWER_INSTRUCTION = (  # not in the paper: prompts
 LANGUAGE_INSTRUCTION = (  # the ablation of Table 3: reasoning in words instead of actions
     "First reason in words about how the views relate in <think></think>, then write the answer "
     "alone in <answer></answer>.")
+END = ["<|im_end|>", "<|endoftext|>"]  # end a turn; end a text, as a base model may do instead
+
+
+def encode_prompt(tokenizer, processor, pictures, text, name):
+    """What the model reads before its response: token ids, and the encoder's input for the images.
+
+    Qwen's ChatML, images first, equal to the published chat template. Control tokens are put in by
+    their ids, all else is tokenised as text, whatever it holds. DataError, with the sample's name,
+    for what image processor or tokenizer refuse.
+    """
+    try:
+        images = processor(images=pictures, return_tensors="pt")
+        system = tokenizer("system\nYou are a helpful assistant.")["input_ids"]
+        user = tokenizer("user\n")["input_ids"]
+        text = tokenizer(text)["input_ids"]
+        assistant = tokenizer("assistant\n")["input_ids"]
+        newline = tokenizer("\n")["input_ids"]
+    except (ValueError, TypeError) as error:
+        raise geometry.DataError(f"{name}: images or text cannot be encoded ({error})") from None
+    control = tokenizer.convert_tokens_to_ids([
+        "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"])
+    im_start, im_end, vision_start, vision_end, image_pad = control
+    ids = [im_start, *system, im_end, *newline, im_start, *user]
+    for _, h, w in images["image_grid_thw"].tolist():  # h, w in patches
+        tokens = h * w // processor.merge_size**2  # the encoder merges that many patches into one
+        ids += [vision_start] + [image_pad] * tokens + [vision_end]
+    return [*ids, *text, im_end, *newline, im_start, *assistant], dict(images)
 
 
 # -------------------------------------------------------------------- writing and reading, B.2

@@ -336,7 +336,7 @@ def test_each_is_answered_as_if_asked_alone(answered, rooms, tiny_model):
     items, made = evaluate.load_items("rooms", rooms), predictions(answered)
     assert {item.id: item.gold for item in items} == {k: its["gold"] for k, its in made.items()}
     for item in items[::3]:
-        prompt = evaluate.encode_prompt(tokenizer, processor, item.images(),
+        prompt = rewards.encode_prompt(tokenizer, processor, item.images(),
                                         evaluate.prompt_of(item, "rooms", "action"), "")
         said = evaluate.generate_greedily(model, tokenizer, [prompt], 10)
         assert said == [made[item.id]["response"]]

@@ -371,7 +371,7 @@ def test_clipping_and_clamping_stop_the_gradient():
                                          (["--reasoning", "language"], "think")])
 def test_roll_out_groups(made, monkeypatch, more, block):
     (model, tokenizer, make), paid = made, []
-    monkeypatch.setattr(actor_grpo, "END", tokenizer.convert_ids_to_tokens(END))
+    monkeypatch.setattr(rewards, "END", tokenizer.convert_ids_to_tokens(END))
     monkeypatch.setattr(rewards, "total_reward", lambda *a, **b: paid.append((*a, b)) or pay(*a))
     args = actor_grpo.parse_args(
         "--data - --group 4 --max-new-tokens 12 --weights 1 2 3 --tau-t 2 --tau-r 20 --seed 4 "
@@ -415,7 +415,7 @@ def test_budgets_follow_the_number_of_views(made, monkeypatch):
     (model, tokenizer, make), asked, draw = made, [], actor_grpo.uniforms
     monkeypatch.setattr(rewards, "total_reward", lambda *_, **__: {"total": 1.0})
     monkeypatch.setattr(actor_grpo, "uniforms", lambda *its: asked.append(its) or draw(*its))
-    monkeypatch.setattr(actor_grpo, "END", tokenizer.convert_ids_to_tokens(
+    monkeypatch.setattr(rewards, "END", tokenizer.convert_ids_to_tokens(
         range(len(tokenizer))))
     for more, wanted in (("", [96 + 3 * 64, 96 + 64]), ("--max-new-tokens 7", [7, 7]),
                          ("--reasoning language", [256, 256])):

@@ -69,17 +69,17 @@ def test_prompt_equals_the_published_chat_template(shared, sizes):
                                        chat_template=template["chat_template"])
     for w, h in sizes:
         wanted = wanted.replace("<|image_pad|>", "#" * (w * h // 784), 1)
-    ids, images = actor_sft.encode_prompt(
+    ids, images = rewards.encode_prompt(
         tokenizer, PROCESSOR, [Image.new("RGB", size) for size in sizes], text, "a")
     assert ids == plain(wanted.replace("#", "<|image_pad|>"))["input_ids"]
     assert images["image_grid_thw"].tolist() == [[1, h // 14, w // 14] for w, h in sizes]
-    assert tokenizer.convert_tokens_to_ids(actor_sft.END) == [151645, 151643]
+    assert tokenizer.convert_tokens_to_ids(rewards.END) == [151645, 151643]
 
 
 def test_control_tokens_in_a_text_are_text(made):
     """Whatever stands in the data; and from several threads at once."""
     _, tokenizer, _ = made
-    encode = partial(actor_sft.encode_prompt, tokenizer, PROCESSOR, [Image.new("RGB", (56, 56))])
+    encode = partial(rewards.encode_prompt, tokenizer, PROCESSOR, [Image.new("RGB", (56, 56))])
     texts = [f"{CONTROL} {k} {'?' * (k % 7)}" for k in range(400)]
     wanted = [encode(text, "a")[0] for text in texts]
     with ThreadPoolExecutor(8) as pool:
@@ -93,7 +93,7 @@ def test_what_cannot_be_encoded_is_named(made):
     _, tokenizer, _ = made
     for size, text in (((2100, 10), "?"), ((56, 56), "\ud83d")):
         with pytest.raises(geometry.DataError, match="^scene_4: images or text cannot be encoded"):
-            actor_sft.encode_prompt(tokenizer, PROCESSOR, [Image.new("RGB", size)], text, "scene_4")
+            rewards.encode_prompt(tokenizer, PROCESSOR, [Image.new("RGB", size)], text, "scene_4")
 
 
 def test_forms_and_shares(scenes, made, tmp_path):
@@ -189,7 +189,7 @@ def test_greedy_texts(made):
     by one, would write it alone; whatever the checkpoint says about sampling."""
     model, tokenizer, examples = made
     prompts, texts = [(e.ids[:e.prompt].tolist(), e.images) for e in examples], []
-    end = tokenizer.convert_tokens_to_ids(actor_sft.END)
+    end = tokenizer.convert_tokens_to_ids(rewards.END)
     for ids, images in prompts:
         written = []
         for _ in range(12):
@@ -228,7 +228,7 @@ def test_an_end_token_ends_a_text(made, monkeypatch):
     with torch.no_grad():
         first = int(model(**library_inputs(model, *prompts[0])).logits[0, -1].argmax())
     assert actor_sft.generate_greedily(model, tokenizer, prompts, 3) != [""]
-    monkeypatch.setattr(actor_sft, "END", [tokenizer.convert_ids_to_tokens(first)] * 2)
+    monkeypatch.setattr(rewards, "END", [tokenizer.convert_ids_to_tokens(first)] * 2)
     assert actor_sft.generate_greedily(model, tokenizer, prompts, 3) == [""]
 
 
