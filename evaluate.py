@@ -29,7 +29,6 @@ empty answer scores 0, where SPAR-Bench's own code scores it 1.
 
 import argparse
 import base64
-import csv
 import html
 import io
 import itertools
@@ -37,7 +36,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import zlib
 from collections import Counter
@@ -57,17 +55,12 @@ import torch.nn.functional as F
 import transformers
 from huggingface_hub import snapshot_download
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import (
     AutoTokenizer, GenerationConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil)
 
 import geometry
 import rewards
-
-MADE_BY = {"out/pasta": "python pasta.py --grid 4",  # the stages, and what runs them
-           "out/sft": "python actor_sft.py --target answer",
-           "out/cold_start": "python actor_sft.py --target actions",
-           "out/grpo": "python actor_grpo.py"}
 
 
 def parse_args(argv=None):
@@ -349,7 +342,7 @@ BENCHES = {
         dict.fromkeys(MINDCUBE_SETTINGS, MINDCUBE_PROMPT), mindcube_letter, 4096, 480 * 480),
     "mmsi": Bench(
         "MMSI-Bench", "a copy of huggingface.co/datasets/RunsenXu/MMSI-Bench",
-        ("MMSI_Bench.parquet", "MMSI_bench.tsv", "*.parquet", "*.jsonl"),
+        ("MMSI_Bench.parquet", "*.parquet", "*.jsonl"),
         ("id", "question_type", "question", "answer"), MMSI_GROUPS,
         dict.fromkeys(itertools.chain(*MMSI_GROUPS.values()), MMSI_PROMPT), mmsi_letter),
     "spar-si": Bench("SPAR-Bench-SI", *SPAR, SPAR_LEVELS, {
@@ -463,7 +456,10 @@ def score_run(bench, name, mode, records, convention="hatch"):
         for label, those in plans.items():
             golds.setdefault(label, []).append(those)
     # what can be had without looking at the pictures
-    constants = {label: constant_plan(those) for label, those in golds.items()}
+    constants = {}
+    for label, those in golds.items():
+        _, plan = rewards.constant_plan(those)
+        constants[label] = plan_scores(plan, those)
     if bench == "rooms":
         for task in sorted(scores.keys() - FORM):
             same = [record["item"].gold for record in records if record["item"].task == task]
@@ -503,12 +499,17 @@ def score_record(bench, mode, record):
     return found, plans
 
 
-def constant_plan(golds):
-    """[R_act] for each of golds [{pair: plan}], if every pair gets the same plan: the gold plan for
-    which the mean over all is highest."""
-    _, plan = rewards.constant_plan(golds)
-    texts = [rewards.write_response(dict.fromkeys(gold, plan), "-") for gold in golds]
-    return [rewards.action_reward(text, gold) for text, gold in zip(texts, golds)]
+def plan_scores(plan, golds):
+    """[R_act] for each of golds [{pair: plan}], if `plan` is written for all of its pairs."""
+    pose = geometry.pose_from_actions(plan)
+    scores = []
+    for gold in golds:
+        total = 0.0
+        for gold_plan in gold.values():
+            gold_pose = geometry.pose_from_actions(gold_plan)
+            total += float(rewards._similarity(pose, gold_pose, 1.0, 30.0))
+        scores.append(total / len(gold))
+    return scores
 
 
 def constant_answer(bench, task, golds):
@@ -626,26 +627,11 @@ def load_items(bench, data, skip=print):
 
 def published_files(folder, patterns):
     """The files below a folder, in order, that match a pattern: the first that matches any."""
-    below = files_below(folder)
     for pattern in patterns:
-        found = [path for path in below if path.match(pattern)]
+        found = sorted(path for path in folder.rglob(pattern) if path.is_file())
         if found:
             return found
     return []
-
-
-def files_below(folder):
-    """All files below a folder, in order, behind links too; each real folder once."""
-    files = []
-    seen = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders.sort()
-        if os.path.realpath(place) in seen:
-            folders.clear()  # or links could lead round in circles
-            continue
-        seen.add(os.path.realpath(place))
-        files += [Path(place, name) for name in names]
-    return sorted(files)
 
 
 def read_item(bench, row, folder):
@@ -666,9 +652,6 @@ def read_item(bench, row, folder):
     if score_answer(bench, task, gold, gold) < 1:
         raise geometry.DataError(f"no answer can match its gold {gold!r:.60}")
     cells = row.get("images") or row.get("image")
-    if row.get("base64"):  # a tsv's cell: several pictures stand in a list, as Python prints it
-        parts = re.findall(r"[^\[\],'\"]+", re.sub(r"\s|data:[^,]*,", "", row["base64"]))
-        cells = [base64.b64decode(part, validate=True) for part in parts]
     if not cells:
         raise geometry.DataError("it has no image")
     if not isinstance(cells, list):
@@ -680,7 +663,7 @@ def read_item(bench, row, folder):
 
 
 def read_rows(path, fields):
-    """The rows {field: value} of a parquet, tsv or jsonl file; {} for a line that is none."""
+    """The rows {field: value} of a parquet or jsonl file; {} for a line that is none."""
     if path.suffix == ".parquet":
         try:
             import pyarrow.parquet
@@ -693,21 +676,16 @@ def read_rows(path, fields):
             raise geometry.DataError(f"{path}: reading it needs `pip install pyarrow`") from None
         except ValueError as error:  # as pyarrow's own are
             raise geometry.DataError(f"{path}: cannot be read as parquet ({error})") from None
-    elif path.suffix == ".tsv":  # MMSI-Bench's: pictures in base64, several in a list
-        csv.field_size_limit(1 << 30)
-        text = io.StringIO(read_text(path), newline=None)  # a bare carriage return ends a line
-        for row in csv.DictReader(text, delimiter="\t"):
-            yield {**row, "id": row.get("index"), "question_type": row.get("category"),
-                   "base64": row.get("image"), "image": None}
     elif path.suffix == ".jsonl":
-        for line in filter(str.strip, read_text(path).split("\n")):
+        text = path.read_text(encoding="utf-8-sig", errors="replace")  # Windows tools write a mark
+        for line in filter(str.strip, text.split("\n")):
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 row = None
             yield row if isinstance(row, dict) else {}
     else:
-        raise geometry.DataError(f"{path}: neither .parquet nor .tsv nor .jsonl")
+        raise geometry.DataError(f"{path}: neither .parquet nor .jsonl")
 
 
 def open_images(cells, folder):
@@ -727,48 +705,36 @@ def open_images(cells, folder):
     return pictures
 
 
-def read_text(path):
-    """A text file in UTF-8 or, as Windows tools write it, with a byte-order mark or in UTF-16."""
-    data = Path(path).read_bytes()
-    utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-    return data.decode("utf-16" if utf16 else "utf-8-sig", errors="replace")
-
-
 def ask_all(items, args, path, say, rank, world, device, dtype):
     """Ask a model those of `items` that predictions.jsonl at `path` has no line for."""
-    benchmark = BENCHES[args.bench]
-    source, headers = find_model(args.model)
-    done = continue_predictions(path, items, args, source, say) if rank == 0 else []
+    source, model, tokenizer = load_model(args.model)
+    wanted = sampled(items, args.limit)
+    done = []
+    if rank == 0:
+        done = continue_predictions(path, items, wanted, args, source, dtype, say)
     done = set(gather(done))
-    todo = [item for item in drawn(items, args.limit) if item.id not in done]
-    say(f"data    {args.data}: {len(items):,} questions of {benchmark.title}, {len(todo):,} to be "
-        "asked")
+    todo = [item for item in wanted if item.id not in done]
+    say(f"data    {args.data}: {len(items):,} questions of {BENCHES[args.bench].title}, "
+        f"{len(todo):,} to be asked")
     if not todo:
         return
-    share = max(1, min(args.batch, len(todo)) // world)  # of each process
-    steps = math.ceil(len(todo) / (share * world))
-    weights = sum(numbers for numbers, _ in headers.values())
+    weights = sum(parameter.numel() for parameter in model.parameters())
     say(f"model   {args.model}: {weights:,} parameters, {dtype} on {device}; mode {args.mode}")
-    tokens = share * (3 * args.max_pixels // 784 + 512)  # a token: 28 * 28 pixels
-    need = dtype.itemsize * weights + tokens * 2**18 + 3e8  # bytes; 3e8 for the libraries
-    line = f"memory  {need / 2**30:.1f} GiB"
-    if device.type == "cuda" and need > torch.cuda.mem_get_info(device)[0]:
-        line += ", more than is free: a smaller --batch or --max-pixels takes less"
-    say(line)
-    model, tokenizer = load_model(source, headers)
+    say(f"memory  {dtype.itemsize * weights / 2**30:.2f} GiB of weights; activations come on top")
     place(model.eval(), dtype, device)
     processor = Qwen2VLImageProcessorPil(
         size={"shortest_edge": 56 * 56, "longest_edge": args.max_pixels})
+    share = max(1, min(args.batch, len(todo)) // world)  # of each process
+    batches = math.ceil(len(todo) / (share * world))
     prepare = partial(ask, todo, args, tokenizer, processor)
-    own = range(rank, steps * share * world, world)
-    prepared = geometry.read_ahead(prepare, own, args.workers)
-    shown_steps = range(steps)
+    prepared = geometry.read_ahead(prepare, range(rank, batches * share * world, world),
+                                   args.workers)
+    shown_batches = range(batches)
     if rank == 0:
-        shown_steps = geometry.progress(shown_steps, steps, "answering")
-    for _ in shown_steps:
+        shown_batches = geometry.progress(shown_batches, batches, "answering")
+    for _ in shown_batches:
         asked = [one for one in itertools.islice(prepared, share) if one]
-        askable = [(item, line, prompt) for item, line, prompt in asked if prompt]
-        write_answers(model, tokenizer, askable, args)
+        write_answers(model, tokenizer, [one for one in asked if one[2]], args)
         lines = gather([line for _, line, _ in asked])
         if rank == 0:
             with open(path, "a") as file:
@@ -797,13 +763,9 @@ def write_answers(model, tokenizer, asked, args):
     """Put the model's responses into the lines of what `ask` returned. DataError without one."""
     if not asked:
         return
-    longest = BENCHES[args.bench].longest
-    if args.mode == "action":
-        longest = 96 + 64 * max(len(rewards.required_pairs(item.views)) for item, *_ in asked)
-    elif args.mode == "language":
-        longest = 256
     prompts = [prompt for *_, prompt in asked]
-    texts = generate_greedily(model, tokenizer, prompts, args.max_new_tokens or longest)
+    longest = [longest_response(item, args) for item, *_ in asked]
+    texts = generate_greedily(model, tokenizer, prompts, longest)
     for (item, line, _), text in zip(asked, texts):
         if text is None:
             raise geometry.DataError(f"{item.id} ({item.task}): the model's logits are not finite "
@@ -811,20 +773,36 @@ def write_answers(model, tokenizer, asked, args):
         line["response"] = text
 
 
-def continue_predictions(path, items, args, source, say):
+def longest_response(item, args):
+    """How many tokens a response to this question may have, whatever is asked beside it."""
+    if args.max_new_tokens:
+        return args.max_new_tokens
+    if args.mode == "action":
+        return 96 + 64 * len(rewards.required_pairs(item.views))
+    if args.mode == "language":
+        return 256
+    return BENCHES[args.bench].longest
+
+
+def continue_predictions(path, items, wanted, args, source, dtype, say):
     """Ids of the answers at `path` that stand. The file is started anew if it has none, with
     --overwrite, or if the model has been trained again since. DataError if it has answers of
-    another model, of other questions, or of other settings that change answers."""
+    another model, of other questions, or of other settings that change answers; of another dtype
+    if one of the items `wanted` has no answer yet."""
     head = vars(args) | {"questions": checksum(items), "torch": torch.__version__,
-                         "weights": geometry.fingerprint(weight_files(source))}
+                         "weights": geometry.fingerprint(weight_files(source)),
+                         "precision": str(dtype)}  # what auto is here
     if path.exists() and not args.overwrite:
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a kill can cut the last line
         then, lines = read_predictions(path, say)
-        other = [name for name in ("bench", "mode", "blind", "max_pixels", "max_new_tokens",
-                                   "precision", "questions", "weights")
-                 if then.get(name) != head[name]]
+        answered = {name for name, line in lines.items() if "response" in line}
+        settings = ["bench", "mode", "blind", "max_pixels", "max_new_tokens", "questions",
+                    "weights"]
+        if not answered.issuperset(item.id for item in wanted):
+            settings.append("precision")
+        other = [name for name in settings if then.get(name) != head[name]]
         if not other:
-            return [name for name, line in lines.items() if "response" in line]
+            return list(answered)
         if other == ["weights"] and then["model"] == args.model:
             say(f"{args.model} has been trained again since {path} was written: starting over")
         elif lines:
@@ -1152,9 +1130,10 @@ def draw_way(xy, gaze, colour):
 def generate_greedily(model, tokenizer, prompts, longest):
     """The response that the model writes to each prompt if it takes the likeliest token each time.
 
-    prompts: [(ids, images) of rewards.encode_prompt]. Returns a list of texts, None where a logit
-    was NaN or +inf: then no token is the likeliest. All prompts are one batch, padded on the
-    left; a response ends before the first end token, or after `longest` tokens.
+    prompts: [(ids, images) of rewards.encode_prompt]; longest: for each the tokens that its
+    response may have. Returns a list of texts, None where a logit was NaN or +inf: then no token is
+    the likeliest. All prompts are one batch, padded on the left; a response ends before its first
+    end token, and what the batch writes behind its `longest` tokens does not count.
     """
     end = tokenizer.convert_tokens_to_ids(rewards.END)
     L = max(len(ids) for ids, _ in prompts)
@@ -1174,13 +1153,14 @@ def generate_greedily(model, tokenizer, prompts, longest):
             input_ids=rows, attention_mask=torch.tensor(seen, device=model.device),
             mm_token_type_ids=(rows == model.config.image_token_id).int(),
             pixel_values=pixels.to(model.device), image_grid_thw=grids.to(model.device),
-            max_new_tokens=longest, do_sample=False, eos_token_id=end, pad_token_id=end[0],
+            max_new_tokens=max(longest), do_sample=False, eos_token_id=end, pad_token_id=end[0],
             logits_processor=[partial(count_sound, sound, L)])
     texts = []
-    for tokens, steps in zip(written[:, L:].tolist(), sound.tolist()):
+    for tokens, budget, certain in zip(written[:, L:].tolist(), longest, sound.tolist()):
+        tokens = tokens[:budget]
         length = min([k for k, token in enumerate(tokens) if token in end], default=len(tokens))
         decided = min(length + 1, len(tokens))  # tokens that had to be chosen: the end one as well
-        texts.append(tokenizer.decode(tokens[:length]) if steps >= decided else None)
+        texts.append(tokenizer.decode(tokens[:length]) if certain >= decided else None)
     return texts
 
 
@@ -1195,37 +1175,52 @@ def count_sound(sound, L, ids, logits):
     return logits
 
 
-def find_model(name):
-    """Find a complete 16- or 32-bit model: `name` is its directory or its id on the hub.
+MADE_BY = {"out/pasta": "python pasta.py --grid 4",  # the stages, and what runs them
+           "out/sft": "python actor_sft.py --target answer",
+           "out/cold_start": "python actor_sft.py --target actions",
+           "out/grpo": "python actor_grpo.py"}
 
-    Returns the directory and, read from the files' headers, {plain name: (how many numbers, the
-    file's word for their dtype)} of all tensors.
+
+def load_model(name):
+    """The directory of model `name`, a path or an id on the hub; the model, on the CPU; tokenizer.
+
+    The model is fp32 unless all tensors of its files are of one 16-bit dtype. DataError if it is
+    not a complete Qwen2.5-VL with 16- or 32-bit weights.
     """
     path = Path(name)
     if name in MADE_BY and not (path / "config.json").exists():
         raise geometry.DataError(f"{name}: not there yet; run `{MADE_BY[name]}` first")
-    file = path  # the one that is being read, for the error
-    headers = {}
+    transformers.utils.logging.disable_progress_bar()
     try:
         if not path.is_dir():
             path = Path(snapshot_download(name, allow_patterns=[
                 "*.json", "*.txt", "*.jinja", "*.safetensors"]))
-        file = path
-        config = json.loads((path / "config.json").read_text())
+        # without config.json the library builds its default giant until memory ends
+        if "quantization_config" in json.loads((path / "config.json").read_text()):
+            raise ValueError("its weights are quantised; take the 16-bit model")
+        if not (path / "tokenizer.json").exists() and not (path / "vocab.json").exists():
+            raise ValueError("it has no tokenizer.json; copy the tokenizer's files from its source")
+        kinds = set()  # of the files themselves: config.json may say another
         for file in weight_files(path):
             with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():
-                    header = tensors.get_slice(key)
-                    headers[plain(key)] = math.prod(header.get_shape()), header.get_dtype()
-    except (OSError, ValueError, KeyError, SafetensorError) as error:  # the hub's are among these
-        raise geometry.DataError(f"{file}: no complete model directory, and none on the hub "
-                                 f"({str(error).strip().splitlines()[0]})") from None
-    if "quantization_config" in config:
-        raise geometry.DataError(f"{path}: its weights are quantised; take the 16-bit model")
-    if not (path / "tokenizer.json").exists() and not (path / "vocab.json").exists():
-        raise geometry.DataError(f"{path}: has no tokenizer.json; copy the tokenizer's files from "
-                                 "the model that it was made of")
-    return path, headers
+                kinds |= {tensors.get_slice(key).get_dtype() for key in tensors.keys()}
+        dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get("".join(kinds), torch.float32)
+        model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+        lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+        if lacking:
+            raise ValueError(f"{len(lacking)} tensors are missing or have another shape than "
+                             f"config.json says, {lacking[0]} among them")
+        # control tokens in texts are text; set once, since threads share the tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(path, split_special_tokens=True)
+    except Exception as error:  # the library raises nearly any for a broken directory
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise geometry.DataError(f"{path}: no complete Qwen2.5-VL ({why})") from None
+    # the library's 3-D convolution, one patch at a time, is slow; it is this matrix product
+    embed = model.model.visual.patch_embed
+    embed.forward = lambda pixels: F.linear(
+        pixels.to(embed.proj.weight.dtype), embed.proj.weight.flatten(1))
+    return path, model, tokenizer
 
 
 def weight_files(path):
@@ -1234,36 +1229,6 @@ def weight_files(path):
         return [path / "model.safetensors"]
     index = json.loads((path / "model.safetensors.index.json").read_text())
     return [path / name for name in sorted(set(index["weight_map"].values()))]
-
-
-def plain(key):
-    """A tensor's name without the prefixes, which differ between files and releases."""
-    return re.sub(r"^(model\.)?(language_model\.)?", "", key)
-
-
-def load_model(path, headers):
-    """Model and tokenizer of a directory, on the CPU; fp32 unless all tensors are of one 16-bit
-    dtype."""
-    transformers.utils.logging.disable_progress_bar()
-    kinds = "".join({kind for _, kind in headers.values()})  # config.json may say another
-    dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(kinds, torch.float32)
-    try:
-        model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
-        # control tokens in texts are text; set once, since threads share the tokenizer
-        tokenizer = AutoTokenizer.from_pretrained(path, split_special_tokens=True)
-        lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-        if lacking:
-            raise ValueError(f"{len(lacking)} tensors are missing or have another shape than "
-                             f"config.json says, {lacking[0]} among them")
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise geometry.DataError(
-            f"{path}: cannot be read as a Qwen2.5-VL ({str(error).splitlines()[0]})") from None
-    # the library's 3-D convolution, one patch at a time, is slow; it is this matrix product
-    embed = model.model.visual.patch_embed
-    embed.forward = lambda pixels: F.linear(
-        pixels.to(embed.proj.weight.dtype), embed.proj.weight.flatten(1))
-    return model, tokenizer
 
 
 def place(model, dtype, device):
@@ -1276,29 +1241,21 @@ def place(model, dtype, device):
 
 def start_processes(precision):
     """Join torchrun's process group if there is one. Returns rank, world, device, working dtype."""
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
-        raise geometry.DataError("srun started several processes that do not know of each other: "
-                                 "let it start one, torchrun --nproc_per_node N ...")
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     best = "fp32"
-    try:
-        rank = int(os.environ.get("RANK", 0))
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        if torch.cuda.is_available():
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(device)
-            torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew for every length of a text
-            best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        elif shutil.which("nvidia-smi"):
-            print("warning: the GPU cannot be used (its driver? a torch without CUDA?): on the CPU")
-        if world > 1:  # both backends, since --offload keeps gradients in host memory
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                    timeout=timedelta(hours=2))  # others wait while the first saves
-    except (ValueError, RuntimeError) as error:
-        raise geometry.DataError(f"processes cannot be started ({str(error).splitlines()[0]}): "
-                                 "torchrun sets RANK, WORLD_SIZE and what else is needed") from None
-    if best == "fp16":
-        print("warning: this GPU has no bf16: --precision auto is fp16, with a loss scale")
+    backend = "gloo"
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew for every length of a text
+        best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        backend = "cpu:gloo,cuda:nccl"  # tensors may be on either side
+    if world > 1:
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # one saves, others wait
+    if precision == "auto" and best == "fp16" and rank == 0:
+        print("warning: this GPU has no bf16: --precision auto is fp16")
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     return rank, world, device, dtypes[best if precision == "auto" else precision]
 
@@ -1310,26 +1267,6 @@ def gather(items):
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, items)
     return list(itertools.chain(*everyone))
-
-
-class Console:
-    """Standard output that ends no run: neither by a letter that it lacks, nor when it is closed or
-    its reader has gone."""
-
-    def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")
-        if hasattr(stream, "reconfigure"):  # a notebook's has none
-            stream.reconfigure(errors="replace")
-
-    def write(self, text):
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except (OSError, ValueError):
-            self.stream = open(os.devnull, "w")
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
 
 
 class Skipped(list):
@@ -1386,10 +1323,11 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout = Console(sys.stdout)
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
-    except (geometry.DataError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
+    except (geometry.DataError, OSError, torch.OutOfMemoryError) as error:
         sys.exit(f"evaluate.py: {str(error).strip().splitlines()[0]}")
     except KeyboardInterrupt:
         sys.exit("evaluate.py: interrupted; the same command goes on from the predictions made")
