@@ -8,8 +8,8 @@
     --bench cvbench    CV-Bench, one image           Table 4
 
     what is asked      the benchmark's published prompt, or ACTION_INSTRUCTION    prompt_of
-    what is answered   the <answer> block, if there is one                        answer_of
-    how it is scored   as the benchmark's official code does                      score_answer
+    what is answered   the likeliest token each time, up to a budget a question   generate_greedily
+    how it is scored   its <answer> block, as the benchmark's official code does  score_answer
     what is reported   weighted means of task means, bootstrap intervals          table_rows
 
     python evaluate.py                        # reads out/grpo, writes out/evaluation/rooms
@@ -73,7 +73,7 @@ def parse_args(argv=None):
                    help="asked for before the answer: camera moves, words (Table 3), nothing; "
                         "about a single image always nothing")
     p.add_argument("--blind", action="store_true", help="every picture grey: what questions tell")
-    p.add_argument("--limit", type=int, help="how many questions, drawn at random; default: all")
+    p.add_argument("--limit", type=int, help="how many questions, sampled at random; default: all")
     # without a model
     p.add_argument("--score", nargs="+", metavar="FILE",
                    help="score these predictions.jsonl, of any engine, instead of making some")
@@ -185,6 +185,136 @@ def prompt_of(item, bench, mode):
     if mode in INSTRUCTIONS and item.views > 1:
         return f"{item.question}\n{INSTRUCTIONS[mode]}"  # not in the paper: prompts
     return BENCHES[bench].prompt[item.task].replace("{question}", item.question)
+
+
+# ------------------------------------------------------------------------------ what is answered
+
+
+def ask_all(items, args, path, say, rank, world, device, dtype):
+    """Ask a model those of `items` that predictions.jsonl at `path` has no line for."""
+    source, model, tokenizer = load_model(args.model)
+    wanted = sampled(items, args.limit)
+    done = []
+    if rank == 0:
+        done = continue_predictions(path, items, wanted, args, source, dtype, say)
+    done = set(gather(done))
+    todo = [item for item in wanted if item.id not in done]
+    say(f"data    {args.data}: {len(items):,} questions of {BENCHES[args.bench].title}, "
+        f"{len(todo):,} to be asked")
+    if not todo:
+        return
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    say(f"model   {args.model}: {weights:,} parameters, {dtype} on {device}; mode {args.mode}")
+    say(f"memory  {dtype.itemsize * weights / 2**30:.2f} GiB of weights; activations come on top")
+    place(model.eval(), dtype, device)
+    processor = Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 56 * 56, "longest_edge": args.max_pixels})
+    share = max(1, min(args.batch, len(todo)) // world)  # of each process
+    batches = math.ceil(len(todo) / (share * world))
+    prepare = partial(ask, todo, args, tokenizer, processor)
+    prepared = geometry.read_ahead(prepare, range(rank, batches * share * world, world),
+                                   args.workers)
+    shown_batches = range(batches)
+    if rank == 0:
+        shown_batches = geometry.progress(shown_batches, batches, "answering")
+    for _ in shown_batches:
+        asked = [one for one in itertools.islice(prepared, share) if one]
+        write_answers(model, tokenizer, [one for one in asked if one[2]], args)
+        lines = gather([line for _, line, _ in asked])
+        if rank == 0:
+            with open(path, "a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def ask(items, args, tokenizer, processor, k):
+    """items[k], its line for predictions.jsonl, and (ids, images) for the model, None where it
+    cannot be asked: the line says why. None behind the last."""
+    if k >= len(items):
+        return None
+    item = items[k]
+    line = {"id": item.id, "task": item.task, "question": item.question, "gold": item.gold}
+    try:
+        pictures = item.images()
+        if args.blind:
+            pictures = [Image.new("RGB", picture.size, "grey") for picture in pictures]
+        text = prompt_of(item, args.bench, args.mode)
+        prompt = rewards.encode_prompt(tokenizer, processor, pictures, text, item.id)
+        return item, line, prompt
+    except (OSError, ValueError, TypeError) as error:  # DataError is a ValueError
+        return item, line | {"skipped": str(error)}, None
+
+
+def write_answers(model, tokenizer, asked, args):
+    """Put the model's responses into the lines of what `ask` returned. DataError without one."""
+    if not asked:
+        return
+    prompts = [prompt for *_, prompt in asked]
+    longest = [longest_response(item, args) for item, *_ in asked]
+    texts = generate_greedily(model, tokenizer, prompts, longest)
+    for (item, line, _), text in zip(asked, texts):
+        if text is None:
+            raise geometry.DataError(f"{item.id} ({item.task}): the model's logits are not finite "
+                                     f"in --precision {args.precision}; try another one")
+        line["response"] = text
+
+
+def longest_response(item, args):
+    """How many tokens a response to this question may have, whatever is asked beside it."""
+    if args.max_new_tokens:
+        return args.max_new_tokens
+    if args.mode == "action":
+        return 96 + 64 * len(rewards.required_pairs(item.views))
+    if args.mode == "language":
+        return 256
+    return BENCHES[args.bench].longest
+
+
+def generate_greedily(model, tokenizer, prompts, longest):
+    """The response that the model writes to each prompt if it takes the likeliest token each time.
+
+    prompts: [(ids, images) of rewards.encode_prompt]; longest: for each the tokens that its
+    response may have. Returns a list of texts, None where a logit was NaN or +inf: then no token is
+    the likeliest. All prompts are one batch, padded on the left; a response ends before its first
+    end token, and what the batch writes behind its `longest` tokens does not count.
+    """
+    end = tokenizer.convert_tokens_to_ids(rewards.END)
+    L = max(len(ids) for ids, _ in prompts)
+    rows = []
+    seen = []
+    for ids, _ in prompts:
+        padding = L - len(ids)
+        rows.append([end[0]] * padding + list(ids))
+        seen.append([0] * padding + [1] * len(ids))
+    rows = torch.tensor(rows, device=model.device)  # (B, L)
+    pixels = torch.cat([images["pixel_values"] for _, images in prompts])
+    grids = torch.cat([images["image_grid_thw"] for _, images in prompts])
+    sound = torch.zeros(len(prompts), dtype=torch.long, device=model.device)
+    model.generation_config = GenerationConfig()  # not the checkpoint's, which fills unset fields
+    with torch.no_grad():
+        written = model.generate(
+            input_ids=rows, attention_mask=torch.tensor(seen, device=model.device),
+            mm_token_type_ids=(rows == model.config.image_token_id).int(),
+            pixel_values=pixels.to(model.device), image_grid_thw=grids.to(model.device),
+            max_new_tokens=max(longest), do_sample=False, eos_token_id=end, pad_token_id=end[0],
+            logits_processor=[partial(count_sound, sound, L)])
+    texts = []
+    for tokens, budget, certain in zip(written[:, L:].tolist(), longest, sound.tolist()):
+        tokens = tokens[:budget]
+        length = min([k for k, token in enumerate(tokens) if token in end], default=len(tokens))
+        decided = min(length + 1, len(tokens))  # tokens that had to be chosen: the end one as well
+        texts.append(tokenizer.decode(tokens[:length]) if certain >= decided else None)
+    return texts
+
+
+def count_sound(sound, L, ids, logits):
+    """Count in `sound` (B,), for each row, the tokens before the first whose logits hold NaN or
+    +inf. It is changed in place and stays on the device, so that no token waits for the host.
+
+    `generate` calls this before it chooses each token: ids (B, L + t), logits (B, W).
+    """
+    fine = (logits < math.inf).all(-1)
+    sound += fine & (sound == ids.shape[1] - L)
+    return logits
 
 
 # ------------------------------------------------------------------------------ how it is scored
@@ -305,8 +435,8 @@ def mmsi_letter(text):
 def cvbench_letter(text):
     """The letter, lower case, that CV-Bench's extractors read; "" if nothing is there."""
     text = text.lower().strip()
-    for said in ("answer is", "answer:"):
-        text = text.rpartition(said)[2]
+    for phrase in ("answer is", "answer:"):
+        text = text.rpartition(phrase)[2]
     return text.strip().rstrip(".:,").lstrip("(").rstrip(")")[:1]
 
 
@@ -386,7 +516,7 @@ class Run(NamedTuple):
     constants: dict  # {row's label: percent that can be had without looking}, where that is known
 
 
-def table_rows(bench, scores, convention="hatch", draws=1000):
+def table_rows(bench, scores, convention="hatch", resamples=1000):
     """A benchmark's table {label: (depth, n, score, low, high)}: groups (depth 0) with their tasks
     (1), the average, FORM; in percent, low to high the 95 % bootstrap interval.
 
@@ -406,11 +536,11 @@ def table_rows(bench, scores, convention="hatch", draws=1000):
         if kind in counts:
             lines.append((kind, 1 if "," in kind else 0, {kind: 1}))
 
-    means = drawn_means(scores, draws)
+    means = bootstrap_means(scores, resamples)
     rows = {}
     for label, depth, weights in lines:
         total = sum(weight * means[task] for task, weight in weights.items())
-        score, *resampled = 100 * total / sum(weights.values())  # as drawn_means orders them
+        score, *resampled = 100 * total / sum(weights.values())  # as bootstrap_means orders them
         low, high = np.percentile(resampled, (2.5, 97.5)).tolist()
         n = sum(counts[task] for task in weights)
         rows[label] = depth, n, float(score), low, high
@@ -432,15 +562,15 @@ def group_weights(bench, counts, convention):
     return groups | {"Avg": average}
 
 
-def drawn_means(scores, draws):
-    """{task: means (1 + draws,)}: first the mean of its scores, then the means of `draws` resamples
-    (the bootstrap): as many scores, drawn from them with replacement."""
+def bootstrap_means(scores, resamples):
+    """{task: means (1 + resamples,)}: first the mean of its scores, then those of resamples (the
+    bootstrap): as many scores, taken from them with replacement."""
     rng = np.random.default_rng(0)
     means = {}
     for task in sorted(scores):
         values = np.array(scores[task])
-        drawn = values[rng.integers(0, len(values), (draws, len(values)))]
-        means[task] = np.array([np.mean(values), *drawn.mean(1)])
+        taken = values[rng.integers(0, len(values), (resamples, len(values)))]
+        means[task] = np.array([np.mean(values), *taken.mean(1)])
     return means
 
 
@@ -465,7 +595,7 @@ def score_run(bench, name, mode, records, convention="hatch"):
             same = [record["item"].gold for record in records if record["item"].task == task]
             constants[task] = constant_answer(bench, task, same)
     rows = table_rows(bench, scores, convention)
-    of_constants = table_rows(bench, constants, convention, draws=1)
+    of_constants = table_rows(bench, constants, convention, resamples=1)
     known = {label: row[2] for label, row in of_constants.items()}
     return Run(bench, name, records, scores, rows, known)
 
@@ -559,7 +689,7 @@ def bench_table(bench, runs):
         header += PAPER_NAMES
     table = [header]
     every = {task: [0] for run in runs for task in run.scores}  # only for the labels, in order
-    for label, (depth, *_) in table_rows(bench, every, draws=1).items():
+    for label, (depth, *_) in table_rows(bench, every, resamples=1).items():
         row = ["  " * depth + label]
         for run in runs:
             if label in run.rows:
@@ -588,7 +718,48 @@ def aligned(table):
     return lines
 
 
-# ------------------------------------------------------------------------------------- its data
+# ----------------------------------------------------------------------------------------- main
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    rank, world, device, dtype = start_processes(args.precision)
+    say = partial(print, flush=True) if rank == 0 else lambda *_: None
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    skipped = Skipped()
+    known = {}  # {(benchmark, data): items}
+    if args.needs_model:
+        items = load_items(args.bench, args.data, skipped if rank == 0 else lambda _: None)
+        ask_all(items, args, out / "predictions.jsonl", say, rank, world, device, dtype)
+        known[args.bench, args.data] = items
+    if world > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return
+    logs = args.curves or sorted(Path("out").glob("*/log.jsonl"))
+    curves = draw_curves(logs)
+    if args.curves and not curves:
+        raise geometry.DataError(f"{', '.join(logs)}: no log with two steps or more")
+    if not args.score and not args.needs_model:
+        (out / "curves.svg").write_text(curves, encoding="utf-8")
+        say(f"wrote   {out / 'curves.svg'}")
+        return
+    files = args.score or [out / "predictions.jsonl"]
+    runs = [score_run(*read_run(file, args, skipped, known), args.convention) for file in files]
+    results = [{"bench": run.bench, "name": run.name, "rows": run.rows,
+                "constants": run.constants} for run in runs]
+    (out / "results.json").write_text(json.dumps(
+        {"args": vars(args), "skipped": skipped, "runs": results}, indent=1) + "\n")
+    write_page(out / "report.html", runs, curves, args.show)
+    print("", tables(runs), sep="\n", flush=True)  # after the files are there
+    wrote = "results.json, report.html"
+    if args.needs_model:
+        wrote = f"predictions.jsonl, {wrote}"
+    say(f"wrote   {out}: {wrote}; {len(skipped):,} rows or pictures could not be used")
+
+
+# -------------------------------------------------------------------------------- reading files
 
 
 def load_items(bench, data, skip=print):
@@ -705,85 +876,6 @@ def open_images(cells, folder):
     return pictures
 
 
-def ask_all(items, args, path, say, rank, world, device, dtype):
-    """Ask a model those of `items` that predictions.jsonl at `path` has no line for."""
-    source, model, tokenizer = load_model(args.model)
-    wanted = sampled(items, args.limit)
-    done = []
-    if rank == 0:
-        done = continue_predictions(path, items, wanted, args, source, dtype, say)
-    done = set(gather(done))
-    todo = [item for item in wanted if item.id not in done]
-    say(f"data    {args.data}: {len(items):,} questions of {BENCHES[args.bench].title}, "
-        f"{len(todo):,} to be asked")
-    if not todo:
-        return
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    say(f"model   {args.model}: {weights:,} parameters, {dtype} on {device}; mode {args.mode}")
-    say(f"memory  {dtype.itemsize * weights / 2**30:.2f} GiB of weights; activations come on top")
-    place(model.eval(), dtype, device)
-    processor = Qwen2VLImageProcessorPil(
-        size={"shortest_edge": 56 * 56, "longest_edge": args.max_pixels})
-    share = max(1, min(args.batch, len(todo)) // world)  # of each process
-    batches = math.ceil(len(todo) / (share * world))
-    prepare = partial(ask, todo, args, tokenizer, processor)
-    prepared = geometry.read_ahead(prepare, range(rank, batches * share * world, world),
-                                   args.workers)
-    shown_batches = range(batches)
-    if rank == 0:
-        shown_batches = geometry.progress(shown_batches, batches, "answering")
-    for _ in shown_batches:
-        asked = [one for one in itertools.islice(prepared, share) if one]
-        write_answers(model, tokenizer, [one for one in asked if one[2]], args)
-        lines = gather([line for _, line, _ in asked])
-        if rank == 0:
-            with open(path, "a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
-
-
-def ask(items, args, tokenizer, processor, k):
-    """items[k], its line for predictions.jsonl, and (ids, images) for the model, None where it
-    cannot be asked: the line says why. None behind the last."""
-    if k >= len(items):
-        return None
-    item = items[k]
-    line = {"id": item.id, "task": item.task, "question": item.question, "gold": item.gold}
-    try:
-        pictures = item.images()
-        if args.blind:
-            pictures = [Image.new("RGB", picture.size, "grey") for picture in pictures]
-        text = prompt_of(item, args.bench, args.mode)
-        prompt = rewards.encode_prompt(tokenizer, processor, pictures, text, item.id)
-        return item, line, prompt
-    except (OSError, ValueError, TypeError) as error:  # DataError is a ValueError
-        return item, line | {"skipped": str(error)}, None
-
-
-def write_answers(model, tokenizer, asked, args):
-    """Put the model's responses into the lines of what `ask` returned. DataError without one."""
-    if not asked:
-        return
-    prompts = [prompt for *_, prompt in asked]
-    longest = [longest_response(item, args) for item, *_ in asked]
-    texts = generate_greedily(model, tokenizer, prompts, longest)
-    for (item, line, _), text in zip(asked, texts):
-        if text is None:
-            raise geometry.DataError(f"{item.id} ({item.task}): the model's logits are not finite "
-                                     f"in --precision {args.precision}; try another one")
-        line["response"] = text
-
-
-def longest_response(item, args):
-    """How many tokens a response to this question may have, whatever is asked beside it."""
-    if args.max_new_tokens:
-        return args.max_new_tokens
-    if args.mode == "action":
-        return 96 + 64 * len(rewards.required_pairs(item.views))
-    if args.mode == "language":
-        return 256
-    return BENCHES[args.bench].longest
-
-
 def continue_predictions(path, items, wanted, args, source, dtype, say):
     """Ids of the answers at `path` that stand. The file is started anew if it has none, with
     --overwrite, or if the model has been trained again since. DataError if it has answers of
@@ -838,21 +930,21 @@ def read_run(path, args, skip, known):
 
     known: {(bench, data): items} that have been read. Raises DataError if nothing can be scored.
     """
-    said, lines = read_predictions(path, skip)
-    bench = args.bench or said.get("bench")
-    data = args.data or said.get("data")
+    head, lines = read_predictions(path, skip)
+    bench = args.bench or head.get("bench")
+    data = args.data or head.get("data")
     if bench not in tuple(BENCHES) or not isinstance(data, str):
         raise geometry.DataError(f"{path}: does not say which benchmark's: add --bench and --data")
     if (bench, data) not in known:
         known[bench, data] = load_items(bench, data, skip)
     items = known[bench, data]
-    if said.get("questions", checksum(items)) != checksum(items):
+    if head.get("questions", checksum(items)) != checksum(items):
         raise geometry.DataError(f"{path}: was asked other questions than {data} holds now: name "
                                  "the right ones with --data")
     for name in lines.keys() - {item.id for item in items}:
         skip(f"{path}: the benchmark has no question {name!r:.60}")
     records = []
-    for item in drawn(items, args.limit or said.get("limit")):
+    for item in sampled(items, args.limit or head.get("limit")):
         line = lines.get(item.id, {})
         text = line.get("response")
         if "skipped" in line:
@@ -861,17 +953,17 @@ def read_run(path, args, skip, known):
             records.append({"item": item, "response": text if isinstance(text, str) else None})
     if not any(record["response"] for record in records):
         raise geometry.DataError(f"{path}: holds no response to a question of {data}")
-    mode = str(args.mode or said.get("mode") or "")
-    name = str(args.model or said.get("model") or Path(path).with_suffix(""))
+    mode = str(args.mode or head.get("mode") or "")
+    name = str(args.model or head.get("model") or Path(path).with_suffix(""))
     how = [name]
     if mode:
         how.append(mode)
-    if said.get("blind") is True:
+    if head.get("blind") is True:
         how.append("blind")
     return bench, ", ".join(how), mode, records
 
 
-def drawn(items, limit):
+def sampled(items, limit):
     """`limit` of the questions, at random, in their order; without one, all."""
     if type(limit) is not int:
         return items
@@ -888,27 +980,28 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#0
 
 
 def read_curve(path):
-    """(stage, seed, {field: [(step, value)]}) of a log.jsonl."""
+    """(stage, seed, {field: [(step, value)]}) of a log.jsonl; stage "" if its head names none."""
     fields = {}
     seed = None
+    stage = ""
     for record in read_rows(Path(path), ()):
         if isinstance(record.get("args"), dict):  # the log's head
             seed = record["args"].get("seed")
+            stage = Path(str(record.get("script", ""))).stem.removeprefix("actor_")
         if "step" not in record:
             continue
         for name, value in record.items():
             if type(value) in (int, float) and math.isfinite(value):
                 fields.setdefault(name, []).append((record["step"], value))
-    if "kl" in fields:
-        return "grpo", seed, fields
-    if "excess" in fields:
-        return "pasta", seed, fields
-    return "sft", seed, fields
+    return stage, seed, fields
 
 
 def draw_curves(logs):
     """An SVG with a panel for each quantity in the logs, all runs in one; "" if there is none."""
     curves = [read_curve(log) for log in logs]
+    for log, (stage, *_) in zip(logs, curves):
+        if stage not in PANELS:
+            print(f"skipped {log}: its first line does not name the script that wrote it")
     names = run_names(logs, [seed for _, seed, _ in curves])
     panels = []
     for stage, wanted in PANELS.items():
@@ -951,6 +1044,9 @@ def svg_of(panels):
             f'font-family="sans-serif" viewBox="0 0 1280 {height}">{"".join(placed)}</svg>')
 
 
+LEFT, RIGHT, TOP, BOTTOM = 72, 620, 36, 300  # of a panel's curves, in its 640 x 360 units
+
+
 def panel(title, lines, axis="step"):
     """SVG of curves [(name, steps, values)], a colour for each name. The only curve of a name is
     drawn thin, and its running mean thick. If a name has several, their running means are drawn
@@ -983,9 +1079,6 @@ def panel(title, lines, axis="step"):
             parts += polyline(common, np.mean(of_all, axis=0), frame, colour, 'stroke-width="2.5"')
         legend += f' <tspan fill="{colour}" font-weight="bold">{shown(name)}</tspan>'
     return f'{parts}<text x="{LEFT}" y="330">{legend}</text>'
-
-
-LEFT, RIGHT, TOP, BOTTOM = 72, 620, 36, 300  # of a panel's curves, in its 640 x 360 units
 
 
 def running_mean(values):
@@ -1021,7 +1114,7 @@ GOLD, WRITTEN = "#1a7f37", "#d55e00"
 def write_page(path, runs, curves, show):
     """One self-contained page: tables, `show` questions, curves."""
     text = tables(runs)
-    questions = draw_questions(runs, show)
+    questions = choose_questions(runs, show)
     total = sum(len(run.records) for run in runs)
     parts = [PAGE, f'<pre class="tables">{shown(text, len(text))}</pre>',
              f"<p>{len(questions):,} of {total:,} questions, drawn evenly over tasks, right and "
@@ -1032,9 +1125,9 @@ def write_page(path, runs, curves, show):
     path.write_text("\n".join([*parts, curves]) + "</html>\n", encoding="utf-8")
 
 
-def draw_questions(runs, show):
+def choose_questions(runs, show):
     """`show` questions of the runs as [(run's name, record)], at random, but each time one of those
-    whose traits have been drawn least: task, right or wrong, a camera that only turns or walks."""
+    whose traits have been chosen least: task, right or wrong, a camera that only turns or walks."""
     rng = np.random.default_rng(0)
     alike = {}  # {traits: [(run's name, record)]}
     for run in runs:
@@ -1043,7 +1136,7 @@ def draw_questions(runs, show):
             traits = (("task", run.bench, run.name, record["item"].task),
                       ("right", record["score"] >= 0.5), ("walks", record.get("walks")))
             alike.setdefault(traits, []).append((run.name, record))
-    times = Counter()  # that each trait has been drawn
+    times = Counter()  # that each trait has been chosen
     questions = []
     while alike and len(questions) < show:
         rarest = min(alike, key=lambda traits: sum(times[trait] for trait in traits))
@@ -1093,16 +1186,16 @@ def from_above(pair, gold, written):
     gold_xy, gold_gaze = way_of(gold)
     reach = 1.8 * max(0.5, np.abs(gold_xy).max())  # what goes farther leaves the picture
     shapes = '<circle r=".05"/>' + draw_way(gold_xy / reach, gold_gaze, GOLD)
-    said = "no plan"
+    caption = "no plan"
     if written is not None:
         xy, gaze = way_of(written)
         shapes += draw_way(xy / reach, gaze, WRITTEN)
         with np.errstate(all="ignore"):
             pose = geometry.pose_from_actions(written[:99])
         d_t, d_r = geometry.pose_error(pose, geometry.pose_from_actions(gold))
-        said = f"off by {d_t:.2g} m and {d_r:.0f}°"
+        caption = f"off by {d_t:.2g} m and {d_r:.0f}°"
     return (f'<figure><svg viewBox="-1 -1 2 2">{shapes}</svg>'
-            f"<figcaption>view {pair[0]} to {pair[1]}, {said}</figcaption></figure>")
+            f"<figcaption>view {pair[0]} to {pair[1]}, {caption}</figcaption></figure>")
 
 
 def way_of(plan):
@@ -1115,7 +1208,7 @@ def way_of(plan):
 
 
 def draw_way(xy, gaze, colour):
-    """SVG of a way through xy (steps, 2), in units of the picture, and an arrow for its gaze."""
+    """SVG of a way through xy (A, 2), in units of the picture, and an arrow for its gaze."""
     xy = np.clip(xy, -9, 9)
     line = " ".join(f"{x:.3f},{y:.3f}" for x, y in xy)
     x, y = xy[-1]
@@ -1125,54 +1218,6 @@ def draw_way(xy, gaze, colour):
 
 
 # ------------------------------------------------------------------------------------- plumbing
-
-
-def generate_greedily(model, tokenizer, prompts, longest):
-    """The response that the model writes to each prompt if it takes the likeliest token each time.
-
-    prompts: [(ids, images) of rewards.encode_prompt]; longest: for each the tokens that its
-    response may have. Returns a list of texts, None where a logit was NaN or +inf: then no token is
-    the likeliest. All prompts are one batch, padded on the left; a response ends before its first
-    end token, and what the batch writes behind its `longest` tokens does not count.
-    """
-    end = tokenizer.convert_tokens_to_ids(rewards.END)
-    L = max(len(ids) for ids, _ in prompts)
-    rows = []
-    seen = []
-    for ids, _ in prompts:
-        padding = L - len(ids)
-        rows.append([end[0]] * padding + list(ids))
-        seen.append([0] * padding + [1] * len(ids))
-    rows = torch.tensor(rows, device=model.device)  # (B, L)
-    pixels = torch.cat([images["pixel_values"] for _, images in prompts])
-    grids = torch.cat([images["image_grid_thw"] for _, images in prompts])
-    sound = torch.zeros(len(prompts), dtype=torch.long, device=model.device)
-    model.generation_config = GenerationConfig()  # not the checkpoint's, which fills unset fields
-    with torch.no_grad():
-        written = model.generate(
-            input_ids=rows, attention_mask=torch.tensor(seen, device=model.device),
-            mm_token_type_ids=(rows == model.config.image_token_id).int(),
-            pixel_values=pixels.to(model.device), image_grid_thw=grids.to(model.device),
-            max_new_tokens=max(longest), do_sample=False, eos_token_id=end, pad_token_id=end[0],
-            logits_processor=[partial(count_sound, sound, L)])
-    texts = []
-    for tokens, budget, certain in zip(written[:, L:].tolist(), longest, sound.tolist()):
-        tokens = tokens[:budget]
-        length = min([k for k, token in enumerate(tokens) if token in end], default=len(tokens))
-        decided = min(length + 1, len(tokens))  # tokens that had to be chosen: the end one as well
-        texts.append(tokenizer.decode(tokens[:length]) if certain >= decided else None)
-    return texts
-
-
-def count_sound(sound, L, ids, logits):
-    """Count in `sound` (B,), for each row, the tokens before the first whose logits hold NaN or
-    +inf. It is changed in place and stays on the device, so that no token waits for the host.
-
-    `generate` calls this before it chooses each token: ids (B, L + t), logits (B, W).
-    """
-    fine = (logits < math.inf).all(-1)
-    sound += fine & (sound == ids.shape[1] - L)
-    return logits
 
 
 MADE_BY = {"out/pasta": "python pasta.py --grid 4",  # the stages, and what runs them
@@ -1282,44 +1327,6 @@ def printable(text):
     """A text with control characters, lone surrogates and the like replaced."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}"
                    for c in text)
-
-
-def main(argv=None):
-    args = parse_args(argv)
-    rank, world, device, dtype = start_processes(args.precision)
-    say = partial(print, flush=True) if rank == 0 else lambda *_: None
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    skipped = Skipped()
-    known = {}  # {(benchmark, data): items}
-    if args.needs_model:
-        items = load_items(args.bench, args.data, skipped if rank == 0 else lambda _: None)
-        ask_all(items, args, out / "predictions.jsonl", say, rank, world, device, dtype)
-        known[args.bench, args.data] = items
-    if world > 1:
-        dist.destroy_process_group()
-    if rank > 0:
-        return
-    logs = args.curves or sorted(Path("out").glob("*/log.jsonl"))
-    curves = draw_curves(logs)
-    if args.curves and not curves:
-        raise geometry.DataError(f"{', '.join(logs)}: no log with two steps or more")
-    if not args.score and not args.needs_model:
-        (out / "curves.svg").write_text(curves, encoding="utf-8")
-        say(f"wrote   {out / 'curves.svg'}")
-        return
-    files = args.score or [out / "predictions.jsonl"]
-    runs = [score_run(*read_run(file, args, skipped, known), args.convention) for file in files]
-    results = [{"bench": run.bench, "name": run.name, "rows": run.rows,
-                "constants": run.constants} for run in runs]
-    (out / "results.json").write_text(json.dumps(
-        {"args": vars(args), "skipped": skipped, "runs": results}, indent=1) + "\n")
-    write_page(out / "report.html", runs, curves, args.show)
-    print("", tables(runs), sep="\n", flush=True)  # after the files are there
-    wrote = "results.json, report.html"
-    if args.needs_model:
-        wrote = f"predictions.jsonl, {wrote}"
-    say(f"wrote   {out}: {wrote}; {len(skipped):,} rows or pictures could not be used")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
 """evaluate.py: the official scorers, the averages of the tables, every published format from disk
 to table, files as people have them, predictions that continue, and a page that shows anything."""
 
-import base64
 import collections
-import csv
 import io
 import json
 import math
@@ -125,7 +123,7 @@ def test_averages_and_intervals():
             scores = {task: [score / 100] * COUNTS[task]
                       for tasks, score in zip(filter(None, groups), row) for task in tasks}
             averages.append(next(row))
-            _, n, average, *_ = evaluate.table_rows(bench, scores, draws=1)["Avg"]
+            _, n, average, *_ = evaluate.table_rows(bench, scores, resamples=1)["Avg"]
             assert (n, average) == (total, pytest.approx(averages[-1], abs=0.11)), bench
     spar = {"depth_prediction_oc_mv": [1.0] * 9, "depth_prediction_oo_mv": [0.0]}
     tasks = {"depth_prediction_oc_mv": 100, "depth_prediction_oo_mv": 0}
@@ -136,7 +134,7 @@ def test_averages_and_intervals():
              {"2D": 50, "ADE20K": 100, "COCO": 0, "3D": 0, "Omni3D": 0, "Avg": 25}),
             ("mindcube", {"around": [1.0], "translation": [0.0] * 9}, "hatch",
              {"Around": 100, "Translation": 0, "Avg": 100})):  # translation does not count
-        rows = evaluate.table_rows(bench, scores, convention, draws=1)
+        rows = evaluate.table_rows(bench, scores, convention, resamples=1)
         assert {label: row[2] for label, row in rows.items()} == pytest.approx(expected)
     rows, half = evaluate.table_rows("mmsi", {"MSR": [0.0, 1.0] * 200}), 98 * math.sqrt(1 / 400)
     assert rows["Avg"] == pytest.approx((0, 400, 50, 50 - half, 50 + half), abs=0.8)
@@ -201,43 +199,6 @@ def write_mmsi(folder):
         for k, (task, answer) in enumerate((
             ("MSR", "(A)"), ("Motion (Cam.)", "B."), ("No such type", "D"), ("MSR", "E"),
             ("Positional Relationship (Cam.-Obj.)", " C\n")))])
-
-
-def test_mmsi_tsv(tmp_path):
-    """VLMEvalKit's copy of MMSI-Bench: pictures in base64, several in a list."""
-    pictures = [base64.b64encode(jpeg(size=size)).decode() for size in ((64, 48), (80, 60))]
-    with open(tmp_path / "MMSI_bench.tsv", "w", newline="", encoding="utf-8-sig") as file:
-        csv.writer(file, delimiter="\t").writerows([
-            ("index", "image", "question", "answer", "category"),
-            (7, pictures, "A?\tB?", "B", "MSR")])
-    (item,) = evaluate.load_items("mmsi", tmp_path)
-    assert item[:4] == ("7", "MSR", "A?\tB?", "B")
-    assert [picture.size for picture in item.images()] == [(64, 48), (80, 60)]
-
-
-def test_cells_of_a_tsv_that_cannot_be_decoded(tmp_path):
-    """Each is named and left out, a data URL and a bare carriage return are none of them."""
-    good, skipped = base64.b64encode(jpeg(size=(64, 48))).decode(), []
-    assert len(good) % 4 == 0
-    rows = [good, f"data:image/jpeg;base64,{good}", good[:-1], good.rstrip("=")[:-2], "a",
-            f"{good}*{good}", "", "QUJD QUJDR"]
-    lines = ["index\timage\tquestion\tanswer\tcategory", *(
-        f"{k}\t{cell}\tA?\tB\tMSR" for k, cell in enumerate(rows)), "9\tab\rc"]
-    (tmp_path / "MMSI_bench.tsv").write_bytes("\n".join(lines).encode())
-    items = evaluate.load_items("mmsi", tmp_path, skipped.append)
-    assert [item.id for item in items] == ["0", "1"] and len(skipped) == len(lines) - 2
-    assert all(item.images()[0].size == (64, 48) for item in items)
-    assert all(f"MMSI_bench.tsv, row {k}: " in said for k, said in enumerate(skipped, 2))
-
-
-def test_a_benchmark_behind_links(tmp_path):
-    """Links that lead back to where they stand are not followed twice."""
-    write_mmsi(tmp_path / "elsewhere/deep")
-    for name, target in (("a/data", "elsewhere"), ("elsewhere/up", "a"), ("b", "a/data/deep")):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).symlink_to(tmp_path / target)
-    for name in ("a", "b", "."):
-        assert len(evaluate.load_items("mmsi", tmp_path / name, lambda text: None)) == 3
 
 
 @pytest.mark.parametrize("text, answer", [
@@ -331,15 +292,58 @@ def evaluation(root, work, data, model, *more, **how):
 
 def test_each_is_answered_as_if_asked_alone(answered, rooms, tiny_model):
     """What generate_greedily, which test_sft.py holds against the library's, says to it alone."""
-    model, tokenizer = evaluate.load_model(*evaluate.find_model(str(tiny_model)))
+    _, model, tokenizer = evaluate.load_model(str(tiny_model))
     processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 56**2, "longest_edge": 448**2})
     items, made = evaluate.load_items("rooms", rooms), predictions(answered)
     assert {item.id: item.gold for item in items} == {k: its["gold"] for k, its in made.items()}
     for item in items[::3]:
         prompt = rewards.encode_prompt(tokenizer, processor, item.images(),
                                         evaluate.prompt_of(item, "rooms", "action"), "")
-        said = evaluate.generate_greedily(model, tokenizer, [prompt], 10)
+        said = evaluate.generate_greedily(model, tokenizer, [prompt], [10])
         assert said == [made[item.id]["response"]]
+
+
+def test_a_response_depends_on_its_own_budget(tiny_model, monkeypatch):
+    """Questions about two and about four images are answered in one batch as each alone: what comes
+    behind a row's budget, tokens or NaN, is not its own."""
+    for flags, of_two, of_four in (("--mode action", 96 + 64, 96 + 64 * 6), (
+            "--mode language", 256, 256), ("--mode direct", 128, 128), ("--max-new-tokens 7", 7, 7)):
+        args = evaluate.parse_args(flags.split())
+        items = [evaluate.Item(str(views), "camera_turn", "How?", "A", lambda views=views: [
+            Image.new("RGB", (64, 48), "red")] * views, views) for views in (2, 4)]
+        assert [evaluate.longest_response(item, args) for item in items] == [of_two, of_four]
+    _, model, tokenizer = evaluate.load_model(str(tiny_model))
+    processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 56**2, "longest_edge": 448**2})
+    monkeypatch.setattr(evaluate, "longest_response", lambda item, args: 3 * item.views)
+    args = evaluate.parse_args([])
+    together = [evaluate.ask(items, args, tokenizer, processor, k) for k in range(2)]
+    alone = [evaluate.ask(items, args, tokenizer, processor, k) for k in range(2)]
+    evaluate.write_answers(model, tokenizer, together, args)
+    for one in alone:
+        evaluate.write_answers(model, tokenizer, [one], args)
+    texts = [line["response"] for _, line, _ in together]
+    assert texts == [line["response"] for _, line, _ in alone] and len(texts[0]) < len(texts[1])
+    passes = []
+    model.lm_head.register_forward_hook(lambda module, given, logits: (
+        passes.append(1), logits.fill_(math.nan) if len(passes) == 7 else logits)[1])
+    prompts = [prompt for *_, prompt in together]
+    assert evaluate.generate_greedily(model, tokenizer, prompts, [6, 12]) == [texts[0], None]
+
+
+def test_the_dtype_counts_where_something_is_left_to_ask(answered, root, rooms, tiny_model,
+                                                         tmp_path):
+    """Not its flag: auto is fp32 on a CPU. What is complete is scored anywhere."""
+    shutil.copytree(answered, tmp_path / "out")
+    path = tmp_path / "out/predictions.jsonl"
+    head, *lines = path.read_text().splitlines(keepends=True)
+    assert json.loads(head)["args"]["precision"] == "torch.float32"
+    path.write_text(head + "".join(lines[:-1]))
+    done = evaluation(root, tmp_path, rooms, tiny_model, "--precision", "bf16")
+    assert done.returncode == 1 and "with another precision: name another --out" in done.stdout
+    done = evaluation(root, tmp_path, rooms, tiny_model, "--precision", "fp32")
+    assert " 1 to be asked" in done.stdout and predictions(tmp_path / "out") == predictions(answered)
+    done = evaluation(root, tmp_path, rooms, tiny_model, "--precision", "bf16")
+    assert done.returncode == 0 and " 0 to be asked" in done.stdout, done.stdout
 
 
 def test_an_interrupted_evaluation_continues(answered, root, rooms, tiny_model, tmp_path):
@@ -468,11 +472,11 @@ def test_best_constant_answers_stand_beside_the_scores(root, tmp_path):
 
 
 @pytest.mark.parametrize("encoding, head", [
-    ("utf-8", ["args"]), ("utf-8-sig", {"args": None}), ("utf-16", {"args": {}, "run": "x"}),
+    ("utf-8", ["args"]), ("utf-8-sig", {"args": None}), ("utf-8", {"args": {}, "run": "x"}),
     ("utf-8", {"args": {"model": ["m"], "mode": 7, "data": 5, "bench": ["x"], "blind": True}})])
 def test_predictions_of_another_engine(encoding, head, score):
     """Only id and response are needed, the last line of an id counts, what is missing is wrong;
-    odd lines are named or read over; Windows writes UTF-16."""
+    odd lines are named or read over; Windows tools write a mark."""
     said, rows = score([
         {"id": 0, "response": "right 20", "skipped": 3}, head, {"id": None}, 7,
         {"id": "\ud800\x1b", "response": "x"}, {"id": 1, "response": {"a": 1}, "mode": ["x"]},
@@ -538,13 +542,13 @@ def test_questions_of_the_page_are_drawn_evenly():
                         (task, score, walks) for task in "ab" for score in (0.49, 0.5, 1.0)
                         for walks in (False, True)] * 3)]
     runs = [evaluate.Run("rooms", "m", records, {}, {}, {})]
-    drawn = [record for _, record in evaluate.draw_questions(runs, 12)]
+    drawn = [record for _, record in evaluate.choose_questions(runs, 12)]
     for count in (2, 4, 12):
         for trait in (lambda its: its["item"].task, lambda its: its["score"] >= 0.5,
                       lambda its: its["walks"]):
             seen = collections.Counter(trait(its) for its in drawn[:count])
             assert len(seen) == 2 and max(seen.values()) - min(seen.values()) <= count // 4
-    every = [record["item"].id for _, record in evaluate.draw_questions(runs, 10_000)]
+    every = [record["item"].id for _, record in evaluate.choose_questions(runs, 10_000)]
     assert len(every) == len(set(every)) == len(records)
     assert every[:12] == [its["item"].id for its in drawn]
 
@@ -561,10 +565,15 @@ def test_a_camera_path_is_seen_from_above():
     assert f"off by {5**0.5:.2g} m and 45°" in svg
 
 
+def write_log(path, script, args, rows, tail=""):
+    head = {"script": script, "args": args, "versions": {}}
+    return write_lines(path / "log.jsonl", [head, *rows], tail)
+
+
 def test_curves_of_several_runs(root, tmp_path):
     logs = {"grpo": 0.3, "without/grpo": 0.1, "<b>&\x1b": 0.2}
     for name, level in logs.items():
-        write_lines(tmp_path / name / "log.jsonl", [{"args": {}, "versions": {}}, *(
+        write_log(tmp_path / name, "actor_grpo.py", {}, [*(
             {"step": k, "reward_action": level + k / 1000, "reward": 1.0, "kl": 0.01 * k,
              "length": float("inf")} for k in range(1, 101)), {"step": 101}], '{"st')
     run("evaluate.py", root, tmp_path, "--curves", *(f"{name}/log.jsonl" for name in logs))
@@ -582,10 +591,6 @@ def test_curves_of_several_runs(root, tmp_path):
     assert (np.diff(lines[1][:, 0]) > 0).all() and (np.diff(lines[1][:, 1]) <= 0).all()
 
 
-def write_log(path, args, rows):
-    return write_lines(path / "log.jsonl", [{"args": args, "versions": {}}, *rows])
-
-
 def polylines(panel):
     return [(line.get("stroke"), line.get("stroke-width"),
              np.array([point.split(",") for point in line.get("points").split()], float))
@@ -596,12 +601,12 @@ def test_stages_in_their_order_and_a_colour_for_all_seeds(tmp_path):
     """Runs that differ in digits alone, each with a seed of its own, share a colour: thin their
     curves, thick the mean of these at steps that all have. With one seed they are other settings;
     a run that has been stopped ends the mean."""
-    logs = [write_log(tmp_path / f"seed_{seed}" / name, {"seed": seed}, [
-        {"step": k, "kl": level + seed, "excess" if name == "pasta" else "length": 1.0}
+    logs = [write_log(tmp_path / f"seed_{seed}" / name, "actor_grpo.py", {"seed": seed}, [
+        {"step": k, "kl": level + seed, "length": 1.0}
         for k in range(1, 11 - 2 * seed)])
         for seed in (0, 1, 2) for name, level in (("grpo", 0.0), ("without/grpo", 7.0))]
     for width in (1, 2):
-        logs.append(write_log(tmp_path / f"width_{width}", {"seed": 0}, [
+        logs.append(write_log(tmp_path / f"width_{width}", "pasta.py", {"seed": 0}, [
             {"step": k, "match_accuracy": 0.1 * k, "excess": 1.0} for k in range(1, 11)]))
     svg = xml.etree.ElementTree.fromstring(evaluate.draw_curves(logs))
     texts = [[*panel.iter("{http://www.w3.org/2000/svg}text")] for panel in svg]
@@ -620,6 +625,13 @@ def test_stages_in_their_order_and_a_colour_for_all_seeds(tmp_path):
             heights[3] == pytest.approx(heights[1], abs=0.2))
 
 
+def test_a_log_that_names_no_script_is_skipped(tmp_path, capsys):
+    log = write_lines(tmp_path / "log.jsonl", [{"args": {}}, *(
+        {"step": k, "kl": 1.0} for k in range(9))])
+    assert evaluate.draw_curves([log]) == ""
+    assert f"skipped {log}: its first line does not name the script" in capsys.readouterr().out
+
+
 def test_figure_of_grids(tmp_path, monkeypatch, capsys):
     """The grid is PaStA's, found by the start models of the runs on the way, wherever they lie."""
     logs = []
@@ -632,7 +644,7 @@ def test_figure_of_grids(tmp_path, monkeypatch, capsys):
                 if name == names[0]:
                     args["grid"] = grid
                 rows = [{"step": k, "action": k * level / grid, "answer": 0.5} for k in (0, 1)]
-                logs.append(write_log(tmp_path / f"s{seed}" / name, args, rows))
+                logs.append(write_log(tmp_path / f"s{seed}" / name, "actor_sft.py", args, rows))
     monkeypatch.chdir(tmp_path)
     benchmark.grids(logs[2::3])
     assert "action, grid 2: 0.150 +- 0.071 of 2\naction, grid 3: 0.100 +- 0.047 of 2\nanswer, " in (
