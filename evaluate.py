@@ -976,7 +976,6 @@ def sampled(items, limit):
 PANELS = {"pasta": ("match_accuracy", "excess"),
           "sft": ("loss", "heldout_loss", "answer", "action"),
           "grpo": ("reward_action", "reward_answer", "reward", "reward_format", "kl", "length")}
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000", "#999999")
 
 
 def read_curve(path):
@@ -1044,6 +1043,7 @@ def svg_of(panels):
             f'font-family="sans-serif" viewBox="0 0 1280 {height}">{"".join(placed)}</svg>')
 
 
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000", "#999999")
 LEFT, RIGHT, TOP, BOTTOM = 72, 620, 36, 300  # of a panel's curves, in its 640 x 360 units
 
 
