@@ -306,7 +306,7 @@ def test_each_is_answered_as_if_asked_alone(answered, rooms, tiny_model):
 def test_a_response_depends_on_its_own_budget(tiny_model, monkeypatch):
     """Questions about two and about four images are answered in one batch as each alone: what comes
     behind a row's budget, tokens or NaN, is not its own."""
-    for flags, of_two, of_four in (("--mode action", 96 + 64, 96 + 64 * 6), ("--max-new-tokens 7", 7, 7),
+    for flags, of_two, of_four in (("--mode action", 160, 480), ("--max-new-tokens 7", 7, 7),
                                    ("--mode language", 256, 256), ("--mode direct", 128, 128)):
         args = evaluate.parse_args(flags.split())
         items = [evaluate.Item(str(views), "camera_turn", "How?", "A", lambda views=views: [
