@@ -17,8 +17,8 @@ move" (Action-then-Answer Reasoning, section 3.4).
     python actor_sft.py --target answer --data /path/to/spar    # the paper's values
     torchrun --nproc_per_node 4 actor_sft.py --target answer --batch 4 --data ...
 
-Writes --out: the model (an ordinary Hugging Face directory), log.jsonl, checkpoint.json with its
-files (for --resume; may be deleted when the run has ended).
+Writes --out: the model (an ordinary Hugging Face directory), log.jsonl, checkpoint.pt (for
+--resume; may be deleted when the run has ended).
 
 Axes: L tokens of a sample, T response tokens, D feature, W words of the vocabulary.
 
@@ -30,6 +30,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import shutil
@@ -37,7 +38,6 @@ import signal
 import sys
 import time
 import zlib
-from collections import Counter
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -110,7 +110,8 @@ def parse_args(argv=None):
     p.add_argument("--heldout", type=int, default=256, help="held-out samples to evaluate on")
     p.add_argument("--save-every", type=int, help="steps between checkpoints, each with a look at "
                                                   "held-out samples; default: a quarter; demo: 200")
-    p.add_argument("--resume", action="store_true", help="continue from --out's checkpoint")
+    p.add_argument("--resume", action="store_true",
+                   help="go on from --out's checkpoint; else the same command")
     # the machine
     p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
                    help="of the working weights; auto: bf16 on a GPU, fp16 where it has none, fp32 "
@@ -196,7 +197,8 @@ def response_log_probs(model, example):
 
 
 def log_probs(hidden, weight, targets, chunk=128):
-    """log p of target words: hidden (T, D), weight (W, D), targets (T,) -> (T,) fp32.
+    """log p of target words: hidden (T, D), weight (W, D), targets (T,) -> (T,) fp32, of logits
+    that were rounded to the working dtype.
 
     In chunks of positions, each computed again in the backward pass, so that logits never exist for
     all positions: of 2,000 tokens and 151,936 words they would take 1.2 GB, and autograd would hold
@@ -212,50 +214,109 @@ def chunk_log_probs(hidden, weight, targets):
     return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
 
-def generate_greedily(model, tokenizer, prompts, longest):
-    """The response that the model writes to each prompt if it takes the likeliest token each time.
-
-    prompts: [(ids, images) of rewards.encode_prompt]. Returns a list of texts, None where a logit
-    was NaN or +inf: then no token is the likeliest. All prompts are one batch, padded on the
-    left; a response ends before the first end token, or after `longest` tokens.
-    """
-    end = tokenizer.convert_tokens_to_ids(rewards.END)
-    L = max(len(ids) for ids, _ in prompts)
-    rows = []
-    seen = []
-    for ids, _ in prompts:
-        padding = L - len(ids)
-        rows.append([end[0]] * padding + list(ids))
-        seen.append([0] * padding + [1] * len(ids))
-    rows = torch.tensor(rows, device=model.device)  # (B, L)
-    pixels = torch.cat([images["pixel_values"] for _, images in prompts])
-    grids = torch.cat([images["image_grid_thw"] for _, images in prompts])
-    sound = torch.zeros(len(prompts), dtype=torch.long, device=model.device)
-    model.generation_config = GenerationConfig()  # not the checkpoint's, which fills unset fields
-    with torch.no_grad():
-        written = model.generate(
-            input_ids=rows, attention_mask=torch.tensor(seen, device=model.device),
-            mm_token_type_ids=(rows == model.config.image_token_id).int(),
-            pixel_values=pixels.to(model.device), image_grid_thw=grids.to(model.device),
-            max_new_tokens=longest, do_sample=False, eos_token_id=end, pad_token_id=end[0],
-            logits_processor=[partial(count_sound, sound, L)])
-    texts = []
-    for tokens, steps in zip(written[:, L:].tolist(), sound.tolist()):
-        length = min([k for k, token in enumerate(tokens) if token in end], default=len(tokens))
-        decided = min(length + 1, len(tokens))  # tokens that had to be chosen: the end one as well
-        texts.append(tokenizer.decode(tokens[:length]) if steps >= decided else None)
-    return texts
+# ------------------------------------------------------------------------------------------ main
 
 
-def count_sound(sound, L, ids, logits):
-    """Count in `sound` (B,), for each row, the tokens before the first whose logits hold NaN or
-    +inf. It is changed in place and stays on the device, so that no token waits for the host.
+def main(argv=None):
+    args = parse_args(argv)
+    rank, world, device, dtype = start_processes(args.precision)
+    say = partial(print, flush=True) if rank == 0 else lambda *_, **__: None
+    out = Path(args.out)
 
-    `generate` calls this before it chooses each token: ids (B, L + t), logits (B, W).
-    """
-    fine = (logits < math.inf).all(-1)
-    sound += fine & (sound == ids.shape[1] - L)
-    return logits
+    # samples to train on, in the order of --seed, and others to look at
+    walk = geometry.Walk(args.data, args.samples, args.seed, args.tasks)
+    args.steps = args.steps or max(1, len(walk.drawn) // args.batch)  # not in the paper: epochs
+    args.save_every = args.save_every or max(1, args.steps // 4)
+    source, model, tokenizer = load_model(args.model)
+    identity, state = begin(args, dtype, walk, source)
+    start = state["step"] if state else 0
+    say(f"data    {args.data}: {len(walk.drawn):,} of {len(walk.samples):,} multi-image samples, "
+        f"{args.batch} a step over {world} process(es); {args.steps - start:,} steps")
+
+    # the model in its working dtype, with fp32 masters of what trains
+    model.requires_grad_(args.freeze != "language")
+    model.model.visual.requires_grad_(args.freeze != "vision")
+    say(f"model   {args.model}: {dtype} on {device}, {args.freeze} frozen")
+    say(memory_line(model, 1, args, dtype, device))
+    if not args.no_recompute:
+        for block in (*model.model.visual.blocks, *model.model.language_model.layers):
+            recompute_in_backward(block)
+    optimizer = Optimizer(model, args, dtype, device)
+
+    processor = Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 56 * 56, "longest_edge": args.max_pixels})
+    prepare = partial(make_example, args=args, tokenizer=tokenizer, processor=processor,
+                      dtype=dtype)
+    if state:
+        optimizer.load(state["optimizer"])
+    if rank == 0:
+        open_logs(out, args, state)
+        form = "answer" if args.target == "answer" else "actions"
+        samples = list(islice(walk.heldout_samples(), args.heldout))
+        heldout = walk.prepared(partial(prepare, form=form), samples, args.workers)
+        blind = constants(heldout)
+        if not state:
+            progress, _ = evaluate_responses(model, tokenizer, heldout)
+            progress |= blind
+            write_line(out / "log.jsonl", {"step": 0, **progress})
+            say("start   " + heldout_line(progress))
+    state = None  # its file is closed
+
+    stops = catch_signals()
+    begun = time.monotonic()
+    missed = []  # why each step since the last update changed nothing
+    batches = walk.batches(prepare, start, args.steps, args.batch, rank, world, args.workers)
+    for step, batch in enumerate(batches, start + 1):
+        tick = time.monotonic()
+        examples = [example for _, example in batch if example]
+        # the mean over the response tokens of all processes, so that their gradients add up
+        tokens = sum(gather([len(example.ids) - example.prompt for example in examples]))
+        loss = 0.0
+        for example in examples:
+            share = -response_log_probs(model, example).sum() / tokens
+            optimizer.backward(share)
+            loss += share.item()
+        grad_norm = optimizer.reduce()
+        moved = tokens > 0 and optimizer.step(grad_norm)
+
+        record = {"step": step, "loss": sum(gather([loss])), "grad_norm": grad_norm,
+                  "tokens_per_s": tokens / (time.monotonic() - tick)}
+        if moved:
+            missed.clear()
+        else:
+            record = left_out(step, tokens, grad_norm, batch, missed, say)
+        stop = gather(stops)
+        saves = stop or step == args.steps or step % args.save_every == 0
+        if rank == 0:
+            if saves and not stop:
+                progress, texts = evaluate_responses(model, tokenizer, heldout)
+                progress |= blind
+                record |= progress
+                say(f"step {step}  {heldout_line(progress)}")
+            write_line(out / "log.jsonl", record)
+            left = (time.monotonic() - begun) / (step - start) * (args.steps - step)
+            print_step(record, args.steps, left, ("loss", "grad_norm", "tokens_per_s"))
+            if saves:
+                save_checkpoint(out, identity, step, args.steps, optimizer)
+        if stop:
+            gather([])  # wait until the first has saved: torchrun ends all when one ends
+            say(f"stopped after step {step}; the same command with --resume goes on")
+            sys.exit(128 + stop[0])
+        if len(missed) == 25:
+            break
+
+    if optimizer.t == 0 or len(missed) == 25:
+        raise no_update(missed, walk)
+    problems = len(set(gather([*walk.skipped])))
+    if rank == 0:
+        save_model(model, source, out, optimizer)
+        if start < args.steps:
+            for example, text in zip(heldout[:3], texts):
+                say(f"--- {example.id} ({example.gold.task}), answer {example.gold.answer}")
+                say(text)
+        say(f"wrote   {out}: the model, log.jsonl; {problems} problems with the data")
+    if world > 1:
+        dist.destroy_process_group()
 
 
 # ----------------------------------------------------------------------- looking at what it learnt
@@ -276,8 +337,8 @@ def evaluate_responses(model, tokenizer, examples, batch=16):
         with torch.no_grad():
             log_p += [response_log_probs(model, example) for example in some]
         prompts = [(e.ids[:e.prompt].tolist(), e.images) for e in some]
-        taught = max(len(e.ids) - e.prompt for e in some)
-        longest = 16 + 2 * taught  # not in the paper: longest completion
+        longest = [16 + 2 * (len(e.ids) - e.prompt)  # not in the paper: longest completion
+                   for e in some]
         texts += generate_greedily(model, tokenizer, prompts, longest)
     lost = [example.id for example, text in zip(examples, texts) if text is None]
     if lost:
@@ -318,7 +379,55 @@ def heldout_line(record):
     return "  ".join(f"{name} {value:.3f}" for name, value in record.items())
 
 
-# -------------------------------------------------------------------------------------- plumbing
+def generate_greedily(model, tokenizer, prompts, longest):
+    """The response that the model writes to each prompt if it takes the likeliest token each time.
+
+    prompts: [(ids, images) of rewards.encode_prompt]; longest: for each the tokens that its
+    response may have. Returns a list of texts, None where a logit was NaN or +inf: then no token is
+    the likeliest. All prompts are one batch, padded on the left; a response ends before its first
+    end token, and what the batch writes behind its `longest` tokens does not count.
+    """
+    end = tokenizer.convert_tokens_to_ids(rewards.END)
+    L = max(len(ids) for ids, _ in prompts)
+    rows = []
+    seen = []
+    for ids, _ in prompts:
+        padding = L - len(ids)
+        rows.append([end[0]] * padding + list(ids))
+        seen.append([0] * padding + [1] * len(ids))
+    rows = torch.tensor(rows, device=model.device)  # (B, L)
+    pixels = torch.cat([images["pixel_values"] for _, images in prompts])
+    grids = torch.cat([images["image_grid_thw"] for _, images in prompts])
+    sound = torch.zeros(len(prompts), dtype=torch.long, device=model.device)
+    model.generation_config = GenerationConfig()  # not the checkpoint's, which fills unset fields
+    with torch.no_grad():
+        written = model.generate(
+            input_ids=rows, attention_mask=torch.tensor(seen, device=model.device),
+            mm_token_type_ids=(rows == model.config.image_token_id).int(),
+            pixel_values=pixels.to(model.device), image_grid_thw=grids.to(model.device),
+            max_new_tokens=max(longest), do_sample=False, eos_token_id=end, pad_token_id=end[0],
+            logits_processor=[partial(count_sound, sound, L)])
+    texts = []
+    for tokens, budget, certain in zip(written[:, L:].tolist(), longest, sound.tolist()):
+        tokens = tokens[:budget]
+        length = min([k for k, token in enumerate(tokens) if token in end], default=len(tokens))
+        decided = min(length + 1, len(tokens))  # tokens that had to be chosen: the end one as well
+        texts.append(tokenizer.decode(tokens[:length]) if certain >= decided else None)
+    return texts
+
+
+def count_sound(sound, L, ids, logits):
+    """Count in `sound` (B,), for each row, the tokens before the first whose logits hold NaN or
+    +inf. It is changed in place and stays on the device, so that no token waits for the host.
+
+    `generate` calls this before it chooses each token: ids (B, L + t), logits (B, W).
+    """
+    fine = (logits < math.inf).all(-1)
+    sound += fine & (sound == ids.shape[1] - L)
+    return logits
+
+
+# ------------------------------------------------ mixed precision and checkpointing, by hand
 
 
 class Recompute(torch.autograd.Function):
@@ -346,10 +455,18 @@ class Recompute(torch.autograd.Function):
         return None, *(tensor.grad for tensor in inputs)  # None: of `run`
 
 
+def recomputed(block, run, x, *others):
+    """run(x, *others), which uses the weights of `block`, by Recompute."""
+    trains = any(p.requires_grad for p in block.parameters())
+    if trains and torch.is_grad_enabled() and not x.requires_grad:
+        x = x.detach().requires_grad_()  # autograd asks for a second run only if an input trains
+    return Recompute.apply(run, x, *others)
+
+
 def recompute_in_backward(block):
     """Wrap a transformer block of the library, called as block(hidden, **others)."""
     run = block.forward
-    block.forward = lambda hidden, **others: Recompute.apply(partial(run, **others), hidden)
+    block.forward = lambda hidden, **others: recomputed(block, partial(run, **others), hidden)
 
 
 class Optimizer:
@@ -366,10 +483,9 @@ class Optimizer:
         self.clip = args.clip
         self.t = 0  # updates
         self.good = 0  # steps in a row whose gradient was finite
-        self.missed = []  # why each step since the last update changed nothing
         self.scale = 2.0**16 if dtype == torch.float16 else 1.0
-        self.patience = 5 if self.scale == 1 else 25  # steps in a row; a lower scale may mend it
-        self.tensors = {}  # {name: (the model's tensor, its master, the master's AdamW)}
+        self.tensors = {}  # {name: (the model's tensor, its master)}
+        groups = {}  # {lr: masters}
         home = torch.device("cpu") if args.offload else device
         for name, p in model.named_parameters():
             if p.requires_grad:
@@ -377,9 +493,12 @@ class Optimizer:
                 if dtype == torch.float32 and home == device:
                     p.data = master.data
                 p.register_post_accumulate_grad_hook(partial(self.take, master))
+                self.tensors[name] = p, master
                 lr = args.vision_lr if "visual." in name else args.lr
-                adam = torch.optim.AdamW([master], lr, args.betas, weight_decay=0, fused=True)
-                self.tensors[name] = p, master, adam
+                groups.setdefault(lr, []).append(master)
+        self.adam = torch.optim.AdamW(
+            [{"params": masters, "lr": lr, "full_lr": lr} for lr, masters in groups.items()],
+            betas=args.betas, weight_decay=0, fused=True)
         place(model, dtype, device)
 
     @staticmethod
@@ -395,7 +514,7 @@ class Optimizer:
     def reduce(self):
         """Sum the gradient over processes, undo the scale. Returns its norm, maybe inf or NaN."""
         norms = []
-        for _, master, _ in self.tensors.values():
+        for _, master in self.tensors.values():
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
             if dist.is_initialized():
@@ -411,44 +530,41 @@ class Optimizer:
         if finite:
             self.t += 1
             self.good += 1
-            self.missed = []
             shrink = min(1.0, self.clip / (norm + 1e-12))
-            warm = min(1.0, self.t / max(self.warmup, 1))
-            for p, master, adam in self.tensors.values():
+            for group in self.adam.param_groups:
+                group["lr"] = group["full_lr"] * min(1.0, self.t / max(self.warmup, 1))
+            for _, master in self.tensors.values():
                 master.grad *= shrink
-                adam.param_groups[0]["lr"] = adam.defaults["lr"] * warm
-                adam.step()
+            self.adam.step()
+            for p, master in self.tensors.values():
                 p.data.copy_(master.data)
         else:
             self.good = 0
-        for _, master, _ in self.tensors.values():
-            master.grad = None
+        self.adam.zero_grad()
         if self.scale > 1 and not finite:
             self.scale /= 2
         elif self.scale > 1 and self.good % 1000 == 0:
             self.scale *= 2
         return finite
 
-    def load(self, out, state):
-        """Continue from what save_checkpoint wrote."""
+    def state(self):
+        """What a checkpoint holds: masters and, after the first update, AdamW's state of each."""
+        tensors = {}
+        for name, (_, master) in self.tensors.items():
+            tensors[name] = {"master": master.detach(), **self.adam.state.get(master, {})}
+        return {"t": self.t, "good": self.good, "scale": self.scale, "tensors": tensors}
+
+    def load(self, state):
+        """Continue from what `state` returned; its tensors are copied one by one."""
         self.t = state["t"]
         self.good = state["good"]
-        self.missed = state["missed"]
-        if self.scale > 1 and state["scale"] > 1:
-            self.scale = state["scale"]
-        for kind, file in state["files"].items():
-            try:
-                saved = load_file(out / file)
-            except (OSError, SafetensorError) as error:
-                raise geometry.DataError(f"{out / file}: this file of the checkpoint cannot be read"
-                                         f" ({error}); start over without --resume") from None
-            for name, (p, master, adam) in self.tensors.items():
-                if kind == "master":
-                    master.data.copy_(saved[name])
-                    p.data.copy_(saved[name])
-                else:  # a copy, or the file would stay on the disk when it is deleted
-                    adam.state[master][kind] = saved[name].to(master.device, copy=True)
-                    adam.state[master]["step"] = torch.tensor(float(self.t), device=master.device)
+        self.scale = state["scale"]
+        for name, (p, master) in self.tensors.items():
+            saved = dict(state["tensors"][name])
+            master.data.copy_(saved.pop("master"))
+            p.data.copy_(master.data)
+            self.adam.state[master] = {
+                kind: tensor.to(master.device, copy=True) for kind, tensor in saved.items()}
 
 
 def place(model, dtype, device):
@@ -459,62 +575,13 @@ def place(model, dtype, device):
     model.to(device)
 
 
-def save_checkpoint(out, state, optimizer):
-    """Write masters and two moments to files whose names carry the step, and then checkpoint.json,
-    which names these files. A rename puts it in place of the last one, and only then are older
-    files deleted: a kill or a full disk spares what was there before."""
-    files = {kind: f"checkpoint-{state['step']}-{kind}.safetensors"
-             for kind in ("master", "exp_avg", "exp_avg_sq")}
-    state |= {"files": files, "t": optimizer.t, "good": optimizer.good, "scale": optimizer.scale,
-              "missed": optimizer.missed}
-    for kind, file in files.items():
-        tensors = {}
-        for name, (_, master, adam) in optimizer.tensors.items():
-            tensor = master.detach()
-            if kind != "master":  # there is no moment before the first update
-                tensor = adam.state[master].get(kind, torch.zeros_like(tensor))
-            tensors[name] = tensor.cpu()
-        save_file(tensors, out / file)
-    (out / "checkpoint.tmp").write_text(json.dumps(state))
-    if hasattr(os, "sync"):  # not on Windows
-        os.sync()
-    os.replace(out / "checkpoint.tmp", out / "checkpoint.json")
-    for file in out.glob("checkpoint-*.safetensors"):
-        if file.name not in files.values():
-            file.unlink()
-
-
-def read_checkpoint(out):
-    """What save_checkpoint wrote last; {} where there is none. DataError if it cannot be read."""
-    path = Path(out) / "checkpoint.json"
-    if not path.exists():
-        return {}
-    try:
-        state = json.loads(path.read_text())
-        # KeyError or TypeError if one of these is missing
-        state["args"]["steps"], state["step"], state["files"], state["missed"]
-        return state
-    except (ValueError, KeyError, TypeError) as error:
-        raise geometry.DataError(f"{path}: cannot be read as a checkpoint ({error}); remove it to "
-                                 "start over") from None
+# -------------------------------------------------------------------------------------- plumbing
 
 
 def settle(p, argv, values):
-    """The arguments of a run. What the command line gives wins; `values` stand for the rest. With
-    --resume the checkpoint's win over `values`, and the command line may differ from them only in
-    what lengthens the run or changes no number: any other difference is an error."""
+    """The arguments of a run, in their ranges: the command line's, and `values` for the rest."""
     p.set_defaults(**values)
     args = p.parse_args(argv)
-    if args.resume:
-        state = read_checkpoint(args.out).get("args")
-        if not state:
-            p.error(f"--out {args.out} has no checkpoint.json to --resume from; name the run's")
-        p.set_defaults(**state | {"resume": True})
-        args = p.parse_args(argv)
-        may = {"resume", "out", "steps", "data", "model", "offload", "no_recompute", "workers"}
-        for name in sorted(state.keys() - may):
-            if state[name] != getattr(args, name):
-                p.error(f"--resume: --{name.replace('_', '-')} was {state[name]} and must stay so")
     for name, value in vars(args).items():
         least = 0 if name in MAY_BE_0 else 1e-30
         if type(value) in (int, float) and not value >= least:  # NaN is out of range as well
@@ -522,85 +589,76 @@ def settle(p, argv, values):
     return args
 
 
-def begin(args, walk, source):
-    """Make or find --out, which must be this run's, or DataError. Returns
-    - the run's identity, which every checkpoint holds: its arguments, and fingerprints of data and
-      start model. Their files are read whole for it: a run that was resumed on other samples or
-      weights would be wrong without a word;
-    - the state to resume from, {} for a new run;
-    - what keeps --out locked while it is held.
-    """
-    out = Path(args.out)
-    if out.resolve() == source.resolve():
-        raise geometry.DataError(f"--out {out} is the start model's; name another")
-    out.mkdir(parents=True, exist_ok=True)
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    lock = lock_folder(out) if first else None
-    state = read_checkpoint(out)
-    identity = {"args": vars(args), "data": geometry.fingerprint(walk.samples.files),
-                "model": geometry.fingerprint(weight_files(source))}
-    if args.resume:
-        for name in ("data", "model"):
-            if state[name] != identity[name]:
-                raise geometry.DataError(f"--out {out} was begun with another --{name} than "
-                                         f"{getattr(args, name)}; name that")
-        return identity, state, lock
-    if state and state["step"] < state["args"]["steps"]:
-        raise geometry.DataError(
-            f"--out {out} holds a run stopped at step {state['step']} of {state['args']['steps']}; "
-            "go on with --resume, or remove its checkpoint.json to start over")
-    if first:
-        (out / "checkpoint.json").unlink(missing_ok=True)  # of a run that has ended
-    return identity, {}, lock
+def start_processes(precision):
+    """Join torchrun's process group if there is one. Returns rank, world, device, working dtype."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    best = "fp32"
+    backend = "gloo"
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew for every length of a text
+        best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        backend = "cpu:gloo,cuda:nccl"  # tensors may be on either side
+    if world > 1:
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # one saves, others wait
+    if precision == "auto" and best == "fp16" and rank == 0:
+        print("warning: this GPU has no bf16: --precision auto is fp16")
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return rank, world, device, dtypes[best if precision == "auto" else precision]
 
 
-def lock_folder(out):
-    """Lock a run's folder: an open file, which locks it until it is closed or the process ends.
-    DataError if another process has done so."""
-    file = open(out / "lock", "w")
-    try:
-        import fcntl  # not on Windows
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise geometry.DataError(f"--out {out}: another run is writing there; wait for its end, or "
-                                 "name another --out") from None
-    except (OSError, ImportError) as error:
-        print(f"warning: {out} cannot be locked ({error}): start no second run there")
-    return file
+def gather(items):
+    """What the lists of all processes hold, in one list."""
+    everyone = [items]
+    if dist.is_initialized():
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, items)
+    return list(itertools.chain(*everyone))
 
 
-def find_model(name):
-    """Find a complete 16- or 32-bit model: `name` is its directory or its id on the hub.
+def load_model(name):
+    """The directory of model `name`, a path or an id on the hub; the model, on the CPU; tokenizer.
 
-    Returns the directory and, read from the files' headers, {plain name: (how many numbers, the
-    file's word for their dtype)} of all tensors.
+    The model is fp32 unless all tensors of its files are of one 16-bit dtype. DataError if it is
+    not a complete Qwen2.5-VL with 16- or 32-bit weights.
     """
     path = Path(name)
     if name in MADE_BY and not (path / "config.json").exists():
         raise geometry.DataError(f"{name}: not there yet; run `{MADE_BY[name]}` first")
-    file = path  # the one that is being read, for the error
-    headers = {}
+    transformers.utils.logging.disable_progress_bar()
     try:
         if not path.is_dir():
             path = Path(snapshot_download(name, allow_patterns=[
                 "*.json", "*.txt", "*.jinja", "*.safetensors"]))
-        file = path
-        config = json.loads((path / "config.json").read_text())
+        # without config.json the library builds its default giant until memory ends
+        if "quantization_config" in json.loads((path / "config.json").read_text()):
+            raise ValueError("its weights are quantised; take the 16-bit model")
+        if not (path / "tokenizer.json").exists() and not (path / "vocab.json").exists():
+            raise ValueError("it has no tokenizer.json; copy the tokenizer's files from its source")
+        kinds = set()  # of the files themselves: config.json may say another
         for file in weight_files(path):
             with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():
-                    header = tensors.get_slice(key)
-                    headers[plain(key)] = math.prod(header.get_shape()), header.get_dtype()
-    except (OSError, ValueError, KeyError, SafetensorError) as error:  # the hub's are among these
-        raise geometry.DataError(f"{file}: no complete model directory, and none on the hub "
-                                 f"({str(error).strip().splitlines()[0]})") from None
-    if "quantization_config" in config:
-        raise geometry.DataError(f"{path}: its weights are quantised; take the 16-bit model")
-    if not (path / "tokenizer.json").exists() and not (path / "vocab.json").exists():
-        raise geometry.DataError(f"{path}: has no tokenizer.json; copy the tokenizer's files from "
-                                 "the model that it was made of")
-    return path, headers
+                kinds |= {tensors.get_slice(key).get_dtype() for key in tensors.keys()}
+        dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get("".join(kinds), torch.float32)
+        model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+        lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+        if lacking:
+            raise ValueError(f"{len(lacking)} tensors are missing or have another shape than "
+                             f"config.json says, {lacking[0]} among them")
+        # control tokens in texts are text; set once, since threads share the tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(path, split_special_tokens=True)
+    except Exception as error:  # the library raises nearly any for a broken directory
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise geometry.DataError(f"{path}: no complete Qwen2.5-VL ({why})") from None
+    # the library's 3-D convolution, one patch at a time, is slow; it is this matrix product
+    embed = model.model.visual.patch_embed
+    embed.forward = lambda pixels: F.linear(
+        pixels.to(embed.proj.weight.dtype), embed.proj.weight.flatten(1))
+    return path, model, tokenizer
 
 
 def weight_files(path):
@@ -616,193 +674,144 @@ def plain(key):
     return re.sub(r"^(model\.)?(language_model\.)?", "", key)
 
 
-def load_model(path, headers):
-    """Model and tokenizer of a directory, on the CPU; fp32 unless all tensors are of one 16-bit
-    dtype."""
-    transformers.utils.logging.disable_progress_bar()
-    kinds = "".join({kind for _, kind in headers.values()})  # config.json may say another
-    dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(kinds, torch.float32)
-    try:
-        model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
-        # control tokens in texts are text; set once, since threads share the tokenizer
-        tokenizer = AutoTokenizer.from_pretrained(path, split_special_tokens=True)
-        lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-        if lacking:
-            raise ValueError(f"{len(lacking)} tensors are missing or have another shape than "
-                             f"config.json says, {lacking[0]} among them")
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise geometry.DataError(
-            f"{path}: cannot be read as a Qwen2.5-VL ({str(error).splitlines()[0]})") from None
-    # the library's 3-D convolution, one patch at a time, is slow; it is this matrix product
-    embed = model.model.visual.patch_embed
-    embed.forward = lambda pixels: F.linear(
-        pixels.to(embed.proj.weight.dtype), embed.proj.weight.flatten(1))
-    return model, tokenizer
-
-
-def trains(name, frozen):
-    """Whether a tensor trains, by its plain name; frozen: "vision", "language" or "nothing"."""
-    part = "vision" if name.startswith("visual.") else "language"
-    return part != frozen
-
-
 def save_model(model, source, out, optimizer):
     """Write model directory `source` to `out` with the trained tensors in place of its own.
 
     All else leaves as it came: other tensors bit for bit, dtypes, names, shards, json files. So
-    what reads the source reads `out`. All is written to `incoming` first, then moved: a kill while
-    it is written harms no model.
+    what reads the source reads `out`. Old weights go first and new ones come last: a kill in
+    between leaves a directory that load_model names as not complete, never a mixture.
     """
-    masters = {p: master.detach() for p, master, _ in optimizer.tensors.values()}
+    masters = {p: master.detach() for p, master in optimizer.tensors.values()}
     trained = {}
     for name, p in model.named_parameters(remove_duplicate=False):  # tied weights have two names
         if p in masters:
             trained[plain(name)] = masters[p]
-    incoming = out / "incoming"
-    shutil.rmtree(incoming, ignore_errors=True)
-    incoming.mkdir()
-    for file in source.iterdir():
-        if file in weight_files(source):
-            tensors = load_file(file)
-            for key, tensor in tensors.items():
-                if plain(key) in trained:
-                    tensors[key] = trained[plain(key)].to("cpu", tensor.dtype, copy=True)
-            save_file(tensors, incoming / file.name, {"format": "pt"})
-        elif file.suffix in (".json", ".txt", ".jinja") and file.name != "checkpoint.json":
-            shutil.copyfile(file, incoming / file.name)
     for file in out.glob("model*.safetensors*"):
         file.unlink()
-    for file in incoming.iterdir():
-        os.replace(file, out / file.name)
-    incoming.rmdir()
+    for file in source.iterdir():
+        if file.suffix in (".json", ".txt", ".jinja"):
+            shutil.copyfile(file, out / file.name)
+    for file in weight_files(source):
+        tensors = load_file(file)
+        for key, tensor in tensors.items():
+            if plain(key) in trained:
+                tensors[key] = trained[plain(key)].to("cpu", tensor.dtype, copy=True)
+        save_file(tensors, out / file.name, {"format": "pt"})
+        shutil.copymode(out / "config.json", out / file.name)  # safetensors lets only us read it
 
 
-def start_processes(precision):
-    """Join torchrun's process group if there is one. Returns rank, world, device, working dtype."""
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
-        raise geometry.DataError("srun started several processes that do not know of each other: "
-                                 "let it start one, torchrun --nproc_per_node N ...")
-    device = torch.device("cpu")
-    best = "fp32"
-    try:
-        rank = int(os.environ.get("RANK", 0))
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        if torch.cuda.is_available():
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(device)
-            torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew for every length of a text
-            best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        elif shutil.which("nvidia-smi"):
-            print("warning: the GPU cannot be used (its driver? a torch without CUDA?): on the CPU")
-        if world > 1:  # both backends, since --offload keeps gradients in host memory
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                    timeout=timedelta(hours=2))  # others wait while the first saves
-    except (ValueError, RuntimeError) as error:
-        raise geometry.DataError(f"processes cannot be started ({str(error).splitlines()[0]}): "
-                                 "torchrun sets RANK, WORLD_SIZE and what else is needed") from None
-    if best == "fp16":
-        print("warning: this GPU has no bf16: --precision auto is fp16, with a loss scale")
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return rank, world, device, dtypes[best if precision == "auto" else precision]
+def memory_line(model, copies, args, dtype, device):
+    """What weights and training take, by arithmetic; copies of the weights: 2 with a reference."""
+    weights = copies * sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    home = "cpu" if args.offload else device.type
+    # fp32 gradient and two moments, and a master where it is not the weight
+    state = trained * (12 if dtype == torch.float32 and home == device.type else 16)
+    return (f"memory  weights {weights / 2**30:.1f} GiB on {device.type}, masters, gradients and "
+            f"moments {state / 2**30:.1f} GiB on {home}; activations come on top")
 
 
-def gather(items):
-    """What the lists of all processes hold, in one list."""
-    everyone = [items]
-    if dist.is_initialized():
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, items)
-    return list(itertools.chain(*everyone))
+def begin(args, dtype, walk, source):
+    """Make --out. Returns the run's identity, which every checkpoint holds, and the checkpoint to
+    --resume from, None for a new run. DataError if --out holds another run that has not ended.
 
-
-def memory_line(weights, trained, tokens, dtype, device, offload=False, pixels=0):
-    """A line that says how much memory a run will take, and what to do if less is free.
-
-    weights: how many numbers the model has; trained: how many each trained tensor has; tokens: how
-    many keep their activations, 256 KiB each; pixels: how many the held-out pictures have.
-    A trained number has an fp32 master, a gradient and two moments. On the host these take a tenth
-    more, since freed tensors leave memory unusable. The largest tensor's new gradient stands beside
-    them. A checkpoint is written from a copy on the host.
+    The identity is all that numbers depend on: script, arguments, and checksums of data and start
+    model, which are read whole: a run resumed on others would be wrong without a word.
     """
-    masters_are_weights = dtype == torch.float32 and not offload
-    state = sum(trained) * (12 if masters_are_weights else 16)
-    libraries = 0.3 * 2**30
-    work = dtype.itemsize * (weights + max(trained, default=0)) + tokens * 2**18 + libraries
-    heldout = 6 * dtype.itemsize * pixels  # three colours; the encoder takes each picture twice
-    free = {}
-    need = {"host": work + 1.1 * state + heldout}
-    if device.type == "cuda":
-        on_gpu, on_host = (0, 1.1 * state) if offload else (state, 4 * sum(trained))
-        need = {"GPU": work + on_gpu, "host": on_host + heldout + libraries}
-        free["GPU"] = torch.cuda.mem_get_info(device)[0]
-    if Path("/proc/meminfo").exists():  # Linux
-        available = re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())
-        free["host"] = 1024 * int(available[1]) if available else math.inf
-    line = "memory  " + ", ".join(f"{where} {need[where] / 2**30:.1f} GiB" for where in need)
-    if any(need[where] > free.get(where, math.inf) for where in need):
-        line += (", more than is free: --freeze, --offload (on a GPU; pasta.py has neither), fewer "
-                 "--max-pixels take less")
-    return line
+    out = Path(args.out)
+    if out.resolve() == source.resolve():
+        raise geometry.DataError(f"--out {out} is the start model's; name another")
+    out.mkdir(parents=True, exist_ok=True)
+    identity = {"script": Path(__file__).name, **vars(args), "precision": str(dtype),
+                "data": geometry.fingerprint(walk.samples.files),
+                "model": geometry.fingerprint(weight_files(source))}
+    for name in ("resume", "out", "steps", "save_every", "offload", "no_recompute", "workers"):
+        identity.pop(name, None)
+    state = read_checkpoint(out / "checkpoint.pt")
+    if not args.resume:
+        if state and state["step"] < state["steps"]:
+            raise geometry.DataError(
+                f"--out {out} holds a run stopped at step {state['step']} of {state['steps']}: the "
+                "same command with --resume goes on, without its checkpoint.pt one starts over")
+        return identity, None
+    if state is None:
+        raise geometry.DataError(f"--out {out} has no checkpoint.pt to --resume from; name the "
+                                 "run's")
+    for name, value in identity.items():
+        was = state["identity"].get(name)
+        if was != value:
+            raise geometry.DataError(f"--out {out} was begun with {name} {was}, not {value}: only "
+                                     "the same command with --resume goes on")
+    return identity, state
 
 
-def open_log(path, args, step):
-    """Begin a log with arguments and versions; of a resumed run keep the lines up to `step`."""
-    lines = []
-    if args.resume and path.exists():
-        lines = path.read_text(errors="replace").splitlines()[1:]
+def read_checkpoint(path):
+    """What save_checkpoint wrote, its tensors still in the file; None if there is none."""
+    try:
+        return torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+    except FileNotFoundError:
+        return None
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        why = str(error).splitlines()[0]
+        raise geometry.DataError(f"{path}: cannot be read as a checkpoint ({why}); remove it to "
+                                 "start over") from None
+
+
+def save_checkpoint(out, identity, step, steps, optimizer):
+    """Write checkpoint.pt beside the last one, then put it in its place: a kill or a full disk
+    spares what was there. The logs' sizes say what of them belongs to it."""
+    logs = {file.name: file.stat().st_size for file in out.glob("*.jsonl")}
+    with open(out / "checkpoint.tmp", "wb") as file:
+        torch.save({"identity": identity, "step": step, "steps": steps, "logs": logs,
+                    "optimizer": optimizer.state()}, file)
+    os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")
+
+
+def open_logs(out, args, state, names=("log.jsonl",)):
+    """Begin logs with what runs; those of a resumed run are cut to what its checkpoint knows."""
+    if state:
+        for name, size in state["logs"].items():
+            os.truncate(out / name, size)
+        return
+    (out / "checkpoint.pt").unlink(missing_ok=True)  # of a run that has ended
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "transformers": transformers.__version__, "numpy": np.__version__}
-    head = {"args": vars(args), "versions": versions}
-    kept = [line for line in lines if step_of(line) <= step]
-    path.write_text("".join(f"{line}\n" for line in (strict_json(head), *kept)))
-
-
-def step_of(line):
-    """The step of a line of a log; inf of a line that a kill cut."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-
-
-def strict_json(record):
-    """A record as JSON that every reader takes: null for NaN and the infinities."""
-    return json.dumps(json.loads(json.dumps(record), parse_constant=lambda _: None))
+    for name in names:
+        (out / name).write_text("")
+        write_line(out / name, {
+            "script": Path(__file__).name, "args": vars(args), "versions": versions})
 
 
 def write_line(path, record):
+    """Add a line of JSON that every reader takes: null for NaN and the infinities."""
+    strict = json.loads(json.dumps(record), parse_constant=lambda _: None)
     with open(path, "a") as file:
-        file.write(strict_json(record) + "\n")
+        file.write(json.dumps(strict) + "\n")
 
 
 def print_step(record, steps, left, fields):
     """One line a step on a terminal, else about 30 in all."""
     step = record["step"]
     if sys.stdout.isatty() or step in (1, steps) or step % max(1, steps // 30) == 0:
-        said = "  ".join(f"{name} {record[name]:.4g}" for name in fields if name in record)
-        print(f"step {step}/{steps}  {said}  left {timedelta(seconds=int(left))}", flush=True)
+        shown = "  ".join(f"{name} {record[name]:.4g}" for name in fields if name in record)
+        print(f"step {step}/{steps}  {shown}  left {timedelta(seconds=int(left))}", flush=True)
 
 
-def left_out(step, found, grad_norm, batch, optimizer, walk, say):
-    """The record of a step that changed nothing; DataError after too many of them in a row."""
+def left_out(step, found, grad_norm, batch, missed, say):
+    """The record of a step that changed nothing; why is added to `missed`, the steps in a row."""
     names = ", ".join(gather([name for name, _ in batch]))
     why = f"gradient norm {grad_norm}" if found else "no usable sample"
+    missed.append(why)
     say(f"step {step} left out: {why} ({names})")
-    optimizer.missed.append(why)
-    not_finite = len(optimizer.missed) - optimizer.missed.count("no usable sample")
-    if not_finite == optimizer.patience or len(optimizer.missed) == 50:
-        raise no_update(optimizer, walk)
     return {"step": step, "skipped": f"{why} ({names})"}
 
 
-def no_update(optimizer, walk):
-    """The DataError that says why no step since the last update changed anything."""
-    ((reason, count),) = Counter(optimizer.missed).most_common(1)
+def no_update(missed, walk):
+    """The DataError that ends a run whose last steps changed nothing."""
+    why = missed[-1] if missed else "there was none"
     return geometry.DataError(
-        f"{len(optimizer.missed)} steps in a row changed no weight, {count} of them: {reason}"
-        f"{walk.first_problem()}; look at the samples named above, or lower --lr. What was saved "
-        "before is untouched")
+        f"{len(missed)} steps in a row changed no weight, the last: {why}{walk.first_problem()}; "
+        "look at the samples named above, or lower --lr. What was saved before is untouched")
 
 
 def catch_signals():
@@ -816,128 +825,9 @@ def catch_signals():
     return stops
 
 
-class Console:
-    """Standard output that ends no run: neither by a letter that it lacks, nor when it is closed or
-    its reader has gone."""
-
-    def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")
-        if hasattr(stream, "reconfigure"):  # a notebook's has none
-            stream.reconfigure(errors="replace")
-
-    def write(self, text):
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except (OSError, ValueError):
-            self.stream = open(os.devnull, "w")
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
-def main(argv=None):
-    args = parse_args(argv)
-    rank, world, device, dtype = start_processes(args.precision)
-    say = partial(print, flush=True) if rank == 0 else lambda *_, **__: None
-    out = Path(args.out)
-    source, headers = find_model(args.model)
-
-    # samples to train on, in the order of --seed, and others to look at
-    walk = geometry.Walk(args.data, args.samples, args.seed, args.tasks)
-    args.steps = args.steps or max(1, len(walk.drawn) // args.batch)  # not in the paper: epochs
-    args.save_every = args.save_every or max(1, args.steps // 4)
-    identity, state, lock = begin(args, walk, source)
-    start = state["step"] if state else 0
-    say(f"data    {args.data}: {len(walk.drawn):,} of {len(walk.samples):,} multi-image samples, "
-        f"{args.batch} a step over {world} process(es); {args.steps - start:,} steps")
-    say(f"model   {args.model}: {dtype} on {device}, {args.freeze} frozen")
-    weights = sum(numbers for numbers, _ in headers.values())
-    trained = [numbers for name, (numbers, _) in headers.items() if trains(name, args.freeze)]
-    tokens = 3 * args.max_pixels // 784 + 512  # three views, 28 * 28 pixels a token, and a text
-    say(memory_line(weights, trained, tokens, dtype, device, args.offload,
-                    pixels=args.heldout * 3 * args.max_pixels))
-
-    # the model in its working dtype, with fp32 masters of what trains
-    model, tokenizer = load_model(source, headers)
-    for name, p in model.named_parameters():
-        p.requires_grad_(trains(plain(name), args.freeze))
-    if not args.no_recompute:
-        for block in (*model.model.visual.blocks, *model.model.language_model.layers):
-            recompute_in_backward(block)
-    optimizer = Optimizer(model, args, dtype, device)
-    if state:
-        optimizer.load(out, state)
-
-    processor = Qwen2VLImageProcessorPil(
-        size={"shortest_edge": 56 * 56, "longest_edge": args.max_pixels})
-    prepare = partial(make_example, args=args, tokenizer=tokenizer, processor=processor,
-                      dtype=dtype)
-    if rank == 0:
-        open_log(out / "log.jsonl", args, start)
-        form = "answer" if args.target == "answer" else "actions"
-        samples = list(islice(walk.heldout_samples(), args.heldout))
-        heldout = walk.prepared(partial(prepare, form=form), samples, args.workers)
-        blind = constants(heldout)
-        if not state:
-            progress, _ = evaluate_responses(model, tokenizer, heldout)
-            progress |= blind
-            write_line(out / "log.jsonl", {"step": 0, **progress})
-            say("start   " + heldout_line(progress))
-
-    stops = catch_signals()
-    begun = time.monotonic()
-    batches = walk.batches(prepare, start, args.steps, args.batch, rank, world, args.workers)
-    for step, batch in enumerate(batches, start + 1):
-        tick = time.monotonic()
-        examples = [example for _, example in batch if example]
-        # the mean over the response tokens of all processes, so that their gradients add up
-        tokens = sum(gather([len(example.ids) - example.prompt for example in examples]))
-        loss = 0.0
-        for example in examples:
-            share = -response_log_probs(model, example).sum() / tokens
-            optimizer.backward(share)
-            loss += share.item()
-        loss = sum(gather([loss]))
-        grad_norm = optimizer.reduce()
-        moved = tokens > 0 and optimizer.step(grad_norm)
-
-        record = {"step": step, "loss": loss, "grad_norm": grad_norm,
-                  "tokens_per_s": tokens / (time.monotonic() - tick)}
-        if not moved:
-            record = left_out(step, tokens, grad_norm, batch, optimizer, walk, say)
-        stop = gather(stops)
-        if rank == 0:
-            if stop or step == args.steps or step % args.save_every == 0:
-                save_checkpoint(out, identity | {"step": step}, optimizer)
-                if not stop:
-                    progress, texts = evaluate_responses(model, tokenizer, heldout)
-                    progress |= blind
-                    record |= progress
-                    say(f"step {step}  {heldout_line(progress)}")
-            write_line(out / "log.jsonl", record)
-            left = (time.monotonic() - begun) / (step - start) * (args.steps - step)
-            print_step(record, args.steps, left, ("loss", "grad_norm", "tokens_per_s"))
-        if stop:
-            gather([])  # wait until the first has saved: torchrun ends all when one ends
-            say(f"stopped after step {step}; go on with --resume --out {out}")
-            sys.exit(128 + stop[0])
-
-    if optimizer.t == 0:
-        raise no_update(optimizer, walk)
-    if rank == 0:
-        save_model(model, source, out, optimizer)
-        if start < args.steps:
-            for example, text in zip(heldout[:3], texts):
-                say(f"--- {example.id} ({example.gold.task}), answer {example.gold.answer}")
-                say(text)
-        say(f"wrote   {out}: the model, log.jsonl; {len(walk.skipped)} problems with the data")
-    if world > 1:
-        dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    sys.stdout = Console(sys.stdout)
+    if hasattr(sys.stdout, "reconfigure"):  # letters that a console lacks end no run
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
     except (geometry.DataError, OSError, SafetensorError, torch.OutOfMemoryError) as error:

@@ -15,8 +15,8 @@ patches are to be as similar as the patches overlap. Only the image encoder trai
     torchrun --nproc_per_node 4 pasta.py --grid 4 --batch 4 --model ... --data ...
 
 Writes --out: the model with its aligned encoder (an ordinary Hugging Face directory), log.jsonl,
-matches.png (matches of held-out pairs before and after), checkpoint.json with its files (for
---resume; may be deleted when the run has ended).
+matches.png (matches of held-out pairs before and after), checkpoint.pt (for --resume; may be
+deleted when the run has ended).
 
 Axes: V views, H W pixels, n grid side, P = n * n patches, D feature, h w merged tokens of an image.
 
@@ -30,13 +30,13 @@ import itertools
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import shutil
 import signal
 import sys
 import time
-from collections import Counter
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -107,7 +107,8 @@ def parse_args(argv=None):
     p.add_argument("--heldout", type=int, default=64, help="held-out pairs to evaluate on")
     p.add_argument("--save-every", type=int, help="steps between checkpoints, each with a look at "
                                                   "held-out pairs; default: a quarter")
-    p.add_argument("--resume", action="store_true", help="continue from --out's checkpoint")
+    p.add_argument("--resume", action="store_true",
+                   help="go on from --out's checkpoint; else the same command")
     # the machine
     p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
                    help="of the working weights; auto: bf16 on a GPU, fp16 where it has none, fp32 "
@@ -126,7 +127,6 @@ def parse_args(argv=None):
         values = {"model": "Qwen/Qwen2.5-VL-3B-Instruct", "batch": 1, "lr": 1e-5,
                   "max_pixels": 448 * 448}
     return settle(p, argv, values | {
-        "vision_lr": first.lr or values["lr"],  # nothing else trains
         "demo": demo, "warmup": 0, "offload": False,
         "betas": [0.9, 0.999]})  # not in the paper: optimiser
 
@@ -257,6 +257,122 @@ def heldout_pairs(walk, count):
     return [pairs[k] for k in order[:count]]
 
 
+# ------------------------------------------------------------------------------------------ main
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    rank, world, device, dtype = start_processes(args.precision)
+    say = partial(print, flush=True) if rank == 0 else lambda *_, **__: None
+    if args.demo:  # rooms and a tiny model, written once in the layouts of real ones
+        say("Demo: rendered rooms and a tiny Qwen2.5-VL. The real run:\n"
+            "  python pasta.py --grid 4 --model Qwen/Qwen2.5-VL-3B-Instruct --data /path/to/spar")
+        if rank == 0:
+            geometry.render_rooms(args.data, seed=args.seed)
+            make_demo_model(Path("out/demo/model"), args.data, args.seed)
+        gather([])  # the others read what the first process wrote
+    out = Path(args.out)
+
+    # samples to train on, in the order of --seed, and pairs to look at
+    walk = geometry.Walk(args.data, args.samples, args.seed)
+    args.steps = args.steps or max(1, len(walk.drawn) // args.batch)  # not in the paper: epochs
+    args.save_every = args.save_every or max(1, args.steps // 4)
+    source, model, _ = load_model(args.model)
+    identity, state = begin(args, dtype, walk, source)
+    start = state["step"] if state else 0
+    say(f"data    {args.data}: {len(walk.drawn):,} of {len(walk.samples):,} multi-image samples, "
+        f"{args.batch} a step over {world} process(es); {args.steps - start:,} steps")
+
+    # the model's image encoder in the working dtype, with fp32 masters
+    encoder = model.model.visual
+    count = sum(p.numel() for p in encoder.parameters())
+    say(f"model   {args.model}: the image encoder trains, {count:,} parameters, {dtype} on "
+        f"{device}")
+    say(memory_line(encoder, 1, args, dtype, device))
+    if not args.no_recompute:
+        for block in encoder.blocks:
+            recompute_in_backward(block)
+    optimizer = Optimizer(encoder, args, dtype, device)
+
+    processor = Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 56 * 56, "longest_edge": args.max_pixels})
+    ready = partial(prepare, args=args, processor=processor, dtype=dtype)
+    if rank == 0:  # the encoder as it starts, also when resuming: for `drift` and "before"
+        open_logs(out, args, state)
+        heldout = walk.prepared(ready, heldout_pairs(walk, args.heldout), args.workers)
+        overlaps = [(*views, pairs[0][2].numpy()) for views, _, _, pairs in heldout]
+        line, odd = geometry.describe_pairs(overlaps)
+        say(f"views   {line}")
+        if odd:
+            say(f"warning: {odd}")
+        progress, start_features, before = evaluate(encoder, heldout, args)
+        say(f"start   match accuracy {progress['match_accuracy']:.1%} of held-out patches "
+            f"(chance {progress['chance']:.1%})")
+        if not state:
+            write_line(out / "log.jsonl", {"step": 0, **progress})
+    if state:
+        optimizer.load(state["optimizer"])
+        state = None  # its file is closed
+
+    stops = catch_signals()
+    begun = time.monotonic()
+    missed = []  # why each step since the last update changed nothing
+    batches = walk.batches(ready, start, args.steps, args.batch, rank, world, args.workers)
+    for step, batch in enumerate(batches, start + 1):
+        tick = time.monotonic()
+        samples = [prepared for _, prepared in batch if prepared]
+        # |P| counts the pairs of all processes, so that their gradients add up
+        pairs_here = [len(pairs) for *_, pairs in samples]
+        count = sum(gather(pairs_here))  # not in the paper: pairs of a step
+        loss = excess = 0.0
+        for _, pixels, grids, pairs in samples:
+            e = encode(encoder, pixels, grids, args.grid)
+            pairs = [(x, y, S.to(device)) for x, y, S in pairs]
+            L_CL, over_floor = alignment_loss(e, pairs, count, args)
+            optimizer.backward(L_CL)
+            loss += L_CL.item()
+            excess += over_floor.item()
+        grad_norm = optimizer.reduce()
+        moved = count > 0 and optimizer.step(grad_norm)
+
+        record = {"step": step, "loss": sum(gather([loss])), "excess": sum(gather([excess])),
+                  "grad_norm": grad_norm, "pairs_per_s": count / (time.monotonic() - tick)}
+        if moved:
+            missed.clear()
+        else:
+            record = left_out(step, count, grad_norm, batch, missed, say)
+        stop = gather(stops)
+        saves = stop or step == args.steps or step % args.save_every == 0
+        if rank == 0:
+            if saves and not stop:
+                progress, _, after = evaluate(encoder, heldout, args, start_features)
+                draw_matches(out / "matches.png", heldout, before, after, args.grid)
+                record |= progress
+                say(f"step {step}  match accuracy {record['match_accuracy']:.1%} of held-out "
+                    f"patches, excess {record['heldout_excess']:.3f}, drift {record['drift']:.2f}")
+            write_line(out / "log.jsonl", record)
+            left = (time.monotonic() - begun) / (step - start) * (args.steps - step)
+            print_step(record, args.steps, left, ("loss", "excess", "grad_norm", "pairs_per_s"))
+            if saves:
+                save_checkpoint(out, identity, step, args.steps, optimizer)
+        if stop:
+            gather([])  # wait until the first has saved: torchrun ends all when one ends
+            say(f"stopped after step {step}; the same command with --resume goes on")
+            sys.exit(128 + stop[0])
+        if len(missed) == 25:
+            break
+
+    if optimizer.t == 0 or len(missed) == 25:
+        raise no_update(missed, walk)
+    problems = len(set(gather([*walk.skipped])))
+    if rank == 0:
+        save_model(model, source, out, optimizer)
+        say(f"wrote   {out}: the model with its aligned encoder, log.jsonl, matches.png; "
+            f"{problems} problems with the data")
+    if world > 1:
+        dist.destroy_process_group()
+
+
 # ----------------------------------------------------------------------- looking at what it learnt
 
 
@@ -335,6 +451,404 @@ def match_panel(title, views, matched, n, side=260, head=24, gap=7):
     draw.text((gap, 2), f"{title}: {right} of the {len(surest)} surest matches are right",
               fill="black", font=ImageFont.load_default(15))
     return panel
+
+
+# ------------------------------------------------ mixed precision and checkpointing, by hand
+
+
+class Recompute(torch.autograd.Function):
+    """Activation checkpointing: keep what goes into a function, run it again in the backward pass.
+    What it uses beside its inputs, a block's weights, gets gradients in that second run."""
+
+    @staticmethod
+    def forward(ctx, run, *inputs):
+        ctx.run = run
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)  # outputs that nobody used cost nothing
+        return run(*inputs)  # autograd is off in here: nothing inside is kept
+
+    @staticmethod
+    def backward(ctx, *grads):
+        inputs = []
+        for tensor, needs_grad in zip(ctx.saved_tensors, ctx.needs_input_grad[1:]):
+            inputs.append(tensor.detach().requires_grad_(needs_grad))
+        with torch.enable_grad():
+            outputs = ctx.run(*inputs)
+        if not isinstance(outputs, tuple):
+            outputs = (outputs,)
+        used = [k for k, grad in enumerate(grads) if grad is not None]
+        torch.autograd.backward([outputs[k] for k in used], [grads[k] for k in used])
+        return None, *(tensor.grad for tensor in inputs)  # None: of `run`
+
+
+def recomputed(block, run, x, *others):
+    """run(x, *others), which uses the weights of `block`, by Recompute."""
+    trains = any(p.requires_grad for p in block.parameters())
+    if trains and torch.is_grad_enabled() and not x.requires_grad:
+        x = x.detach().requires_grad_()  # autograd asks for a second run only if an input trains
+    return Recompute.apply(run, x, *others)
+
+
+def recompute_in_backward(block):
+    """Wrap a transformer block of the library, called as block(hidden, **others)."""
+    run = block.forward
+    block.forward = lambda hidden, **others: recomputed(block, partial(run, **others), hidden)
+
+
+class Optimizer:
+    """Mixed precision by hand: AdamW on fp32 master copies of what trains in a 16-bit model.
+
+    At lr 1e-5 most updates are smaller than the spacing of bf16 numbers, which alone would hardly
+    move. So the model computes in 16 bits, while weights, gradients and moments are kept in fp32.
+    An fp32 model is its own master. fp16 gradients underflow: the loss is scaled up for them. The
+    image encoder in a whole model has a learning rate of its own.
+    """
+
+    def __init__(self, model, args, dtype, device):
+        self.warmup = args.warmup
+        self.clip = args.clip
+        self.t = 0  # updates
+        self.good = 0  # steps in a row whose gradient was finite
+        self.scale = 2.0**16 if dtype == torch.float16 else 1.0
+        self.tensors = {}  # {name: (the model's tensor, its master)}
+        groups = {}  # {lr: masters}
+        home = torch.device("cpu") if args.offload else device
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                master = torch.nn.Parameter(p.data.to(home, torch.float32))
+                if dtype == torch.float32 and home == device:
+                    p.data = master.data
+                p.register_post_accumulate_grad_hook(partial(self.take, master))
+                self.tensors[name] = p, master
+                lr = args.vision_lr if "visual." in name else args.lr
+                groups.setdefault(lr, []).append(master)
+        self.adam = torch.optim.AdamW(
+            [{"params": masters, "lr": lr, "full_lr": lr} for lr, masters in groups.items()],
+            betas=args.betas, weight_decay=0, fused=True)
+        place(model, dtype, device)
+
+    @staticmethod
+    def take(master, p):
+        """Called when a weight's gradient is there: the 16-bit ones never exist all at once."""
+        grad = p.grad.to(master.device, torch.float32)
+        master.grad = grad if master.grad is None else master.grad.add_(grad)
+        p.grad = None
+
+    def backward(self, loss):
+        (loss * self.scale).backward()
+
+    def reduce(self):
+        """Sum the gradient over processes, undo the scale. Returns its norm, maybe inf or NaN."""
+        norms = []
+        for _, master in self.tensors.values():
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+            if dist.is_initialized():
+                dist.all_reduce(master.grad)
+            master.grad /= self.scale
+            norms.append(master.grad.norm())
+        return float(torch.stack(norms).norm())
+
+    def step(self, norm):
+        """One update, its gradient, whose norm `reduce` returned, clipped. Returns whether it was
+        made: a gradient that is not finite changes nothing."""
+        finite = math.isfinite(norm)
+        if finite:
+            self.t += 1
+            self.good += 1
+            shrink = min(1.0, self.clip / (norm + 1e-12))
+            for group in self.adam.param_groups:
+                group["lr"] = group["full_lr"] * min(1.0, self.t / max(self.warmup, 1))
+            for _, master in self.tensors.values():
+                master.grad *= shrink
+            self.adam.step()
+            for p, master in self.tensors.values():
+                p.data.copy_(master.data)
+        else:
+            self.good = 0
+        self.adam.zero_grad()
+        if self.scale > 1 and not finite:
+            self.scale /= 2
+        elif self.scale > 1 and self.good % 1000 == 0:
+            self.scale *= 2
+        return finite
+
+    def state(self):
+        """What a checkpoint holds: masters and, after the first update, AdamW's state of each."""
+        tensors = {}
+        for name, (_, master) in self.tensors.items():
+            tensors[name] = {"master": master.detach(), **self.adam.state.get(master, {})}
+        return {"t": self.t, "good": self.good, "scale": self.scale, "tensors": tensors}
+
+    def load(self, state):
+        """Continue from what `state` returned; its tensors are copied one by one."""
+        self.t = state["t"]
+        self.good = state["good"]
+        self.scale = state["scale"]
+        for name, (p, master) in self.tensors.items():
+            saved = dict(state["tensors"][name])
+            master.data.copy_(saved.pop("master"))
+            p.data.copy_(master.data)
+            self.adam.state[master] = {
+                kind: tensor.to(master.device, copy=True) for kind, tensor in saved.items()}
+
+
+def place(model, dtype, device):
+    """Move a model to a device, its weights in dtype, one by one: the whole never exists twice. The
+    buffers, among them the rotary frequencies, keep their own dtype."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device, dtype)
+    model.to(device)
+
+
+# -------------------------------------------------------------------------------------- plumbing
+
+
+def settle(p, argv, values):
+    """The arguments of a run, in their ranges: the command line's, and `values` for the rest."""
+    p.set_defaults(**values)
+    args = p.parse_args(argv)
+    for name, value in vars(args).items():
+        least = 0 if name in MAY_BE_0 else 1e-30
+        if type(value) in (int, float) and not value >= least:  # NaN is out of range as well
+            p.error(f"--{name.replace('_', '-')} is out of range: {value}")
+    return args
+
+
+def start_processes(precision):
+    """Join torchrun's process group if there is one. Returns rank, world, device, working dtype."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    best = "fp32"
+    backend = "gloo"
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew for every length of a text
+        best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        backend = "cpu:gloo,cuda:nccl"  # tensors may be on either side
+    if world > 1:
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # one saves, others wait
+    if precision == "auto" and best == "fp16" and rank == 0:
+        print("warning: this GPU has no bf16: --precision auto is fp16")
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return rank, world, device, dtypes[best if precision == "auto" else precision]
+
+
+def gather(items):
+    """What the lists of all processes hold, in one list."""
+    everyone = [items]
+    if dist.is_initialized():
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, items)
+    return list(itertools.chain(*everyone))
+
+
+def load_model(name):
+    """The directory of model `name`, a path or an id on the hub; the model, on the CPU; tokenizer.
+
+    The model is fp32 unless all tensors of its files are of one 16-bit dtype. DataError if it is
+    not a complete Qwen2.5-VL with 16- or 32-bit weights.
+    """
+    path = Path(name)
+    if name in MADE_BY and not (path / "config.json").exists():
+        raise geometry.DataError(f"{name}: not there yet; run `{MADE_BY[name]}` first")
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        if not path.is_dir():
+            path = Path(snapshot_download(name, allow_patterns=[
+                "*.json", "*.txt", "*.jinja", "*.safetensors"]))
+        # without config.json the library builds its default giant until memory ends
+        if "quantization_config" in json.loads((path / "config.json").read_text()):
+            raise ValueError("its weights are quantised; take the 16-bit model")
+        if not (path / "tokenizer.json").exists() and not (path / "vocab.json").exists():
+            raise ValueError("it has no tokenizer.json; copy the tokenizer's files from its source")
+        kinds = set()  # of the files themselves: config.json may say another
+        for file in weight_files(path):
+            with safe_open(file, framework="pt") as tensors:
+                kinds |= {tensors.get_slice(key).get_dtype() for key in tensors.keys()}
+        dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get("".join(kinds), torch.float32)
+        model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+        lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+        if lacking:
+            raise ValueError(f"{len(lacking)} tensors are missing or have another shape than "
+                             f"config.json says, {lacking[0]} among them")
+        # control tokens in texts are text; set once, since threads share the tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(path, split_special_tokens=True)
+    except Exception as error:  # the library raises nearly any for a broken directory
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise geometry.DataError(f"{path}: no complete Qwen2.5-VL ({why})") from None
+    # the library's 3-D convolution, one patch at a time, is slow; it is this matrix product
+    embed = model.model.visual.patch_embed
+    embed.forward = lambda pixels: F.linear(
+        pixels.to(embed.proj.weight.dtype), embed.proj.weight.flatten(1))
+    return path, model, tokenizer
+
+
+def weight_files(path):
+    """The files with a model's weights, as from_pretrained chooses them."""
+    if (path / "model.safetensors").exists():
+        return [path / "model.safetensors"]
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    return [path / name for name in sorted(set(index["weight_map"].values()))]
+
+
+def plain(key):
+    """A tensor's name without the prefixes, which differ between files and releases."""
+    return re.sub(r"^(model\.)?(language_model\.)?", "", key)
+
+
+def save_model(model, source, out, optimizer):
+    """Write model directory `source` to `out` with the trained tensors in place of its own.
+
+    All else leaves as it came: other tensors bit for bit, dtypes, names, shards, json files. So
+    what reads the source reads `out`. Old weights go first and new ones come last: a kill in
+    between leaves a directory that load_model names as not complete, never a mixture.
+    """
+    masters = {p: master.detach() for p, master in optimizer.tensors.values()}
+    trained = {}
+    for name, p in model.named_parameters(remove_duplicate=False):  # tied weights have two names
+        if p in masters:
+            trained[plain(name)] = masters[p]
+    for file in out.glob("model*.safetensors*"):
+        file.unlink()
+    for file in source.iterdir():
+        if file.suffix in (".json", ".txt", ".jinja"):
+            shutil.copyfile(file, out / file.name)
+    for file in weight_files(source):
+        tensors = load_file(file)
+        for key, tensor in tensors.items():
+            if plain(key) in trained:
+                tensors[key] = trained[plain(key)].to("cpu", tensor.dtype, copy=True)
+        save_file(tensors, out / file.name, {"format": "pt"})
+        shutil.copymode(out / "config.json", out / file.name)  # safetensors lets only us read it
+
+
+def memory_line(model, copies, args, dtype, device):
+    """What weights and training take, by arithmetic; copies of the weights: 2 with a reference."""
+    weights = copies * sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    home = "cpu" if args.offload else device.type
+    # fp32 gradient and two moments, and a master where it is not the weight
+    state = trained * (12 if dtype == torch.float32 and home == device.type else 16)
+    return (f"memory  weights {weights / 2**30:.1f} GiB on {device.type}, masters, gradients and "
+            f"moments {state / 2**30:.1f} GiB on {home}; activations come on top")
+
+
+def begin(args, dtype, walk, source):
+    """Make --out. Returns the run's identity, which every checkpoint holds, and the checkpoint to
+    --resume from, None for a new run. DataError if --out holds another run that has not ended.
+
+    The identity is all that numbers depend on: script, arguments, and checksums of data and start
+    model, which are read whole: a run resumed on others would be wrong without a word.
+    """
+    out = Path(args.out)
+    if out.resolve() == source.resolve():
+        raise geometry.DataError(f"--out {out} is the start model's; name another")
+    out.mkdir(parents=True, exist_ok=True)
+    identity = {"script": Path(__file__).name, **vars(args), "precision": str(dtype),
+                "data": geometry.fingerprint(walk.samples.files),
+                "model": geometry.fingerprint(weight_files(source))}
+    for name in ("resume", "out", "steps", "save_every", "offload", "no_recompute", "workers"):
+        identity.pop(name, None)
+    state = read_checkpoint(out / "checkpoint.pt")
+    if not args.resume:
+        if state and state["step"] < state["steps"]:
+            raise geometry.DataError(
+                f"--out {out} holds a run stopped at step {state['step']} of {state['steps']}: the "
+                "same command with --resume goes on, without its checkpoint.pt one starts over")
+        return identity, None
+    if state is None:
+        raise geometry.DataError(f"--out {out} has no checkpoint.pt to --resume from; name the "
+                                 "run's")
+    for name, value in identity.items():
+        was = state["identity"].get(name)
+        if was != value:
+            raise geometry.DataError(f"--out {out} was begun with {name} {was}, not {value}: only "
+                                     "the same command with --resume goes on")
+    return identity, state
+
+
+def read_checkpoint(path):
+    """What save_checkpoint wrote, its tensors still in the file; None if there is none."""
+    try:
+        return torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+    except FileNotFoundError:
+        return None
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        why = str(error).splitlines()[0]
+        raise geometry.DataError(f"{path}: cannot be read as a checkpoint ({why}); remove it to "
+                                 "start over") from None
+
+
+def save_checkpoint(out, identity, step, steps, optimizer):
+    """Write checkpoint.pt beside the last one, then put it in its place: a kill or a full disk
+    spares what was there. The logs' sizes say what of them belongs to it."""
+    logs = {file.name: file.stat().st_size for file in out.glob("*.jsonl")}
+    with open(out / "checkpoint.tmp", "wb") as file:
+        torch.save({"identity": identity, "step": step, "steps": steps, "logs": logs,
+                    "optimizer": optimizer.state()}, file)
+    os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")
+
+
+def open_logs(out, args, state, names=("log.jsonl",)):
+    """Begin logs with what runs; those of a resumed run are cut to what its checkpoint knows."""
+    if state:
+        for name, size in state["logs"].items():
+            os.truncate(out / name, size)
+        return
+    (out / "checkpoint.pt").unlink(missing_ok=True)  # of a run that has ended
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "transformers": transformers.__version__, "numpy": np.__version__}
+    for name in names:
+        (out / name).write_text("")
+        write_line(out / name, {
+            "script": Path(__file__).name, "args": vars(args), "versions": versions})
+
+
+def write_line(path, record):
+    """Add a line of JSON that every reader takes: null for NaN and the infinities."""
+    strict = json.loads(json.dumps(record), parse_constant=lambda _: None)
+    with open(path, "a") as file:
+        file.write(json.dumps(strict) + "\n")
+
+
+def print_step(record, steps, left, fields):
+    """One line a step on a terminal, else about 30 in all."""
+    step = record["step"]
+    if sys.stdout.isatty() or step in (1, steps) or step % max(1, steps // 30) == 0:
+        shown = "  ".join(f"{name} {record[name]:.4g}" for name in fields if name in record)
+        print(f"step {step}/{steps}  {shown}  left {timedelta(seconds=int(left))}", flush=True)
+
+
+def left_out(step, found, grad_norm, batch, missed, say):
+    """The record of a step that changed nothing; why is added to `missed`, the steps in a row."""
+    names = ", ".join(gather([name for name, _ in batch]))
+    why = f"gradient norm {grad_norm}" if found else "no usable sample"
+    missed.append(why)
+    say(f"step {step} left out: {why} ({names})")
+    return {"step": step, "skipped": f"{why} ({names})"}
+
+
+def no_update(missed, walk):
+    """The DataError that ends a run whose last steps changed nothing."""
+    why = missed[-1] if missed else "there was none"
+    return geometry.DataError(
+        f"{len(missed)} steps in a row changed no weight, the last: {why}{walk.first_problem()}; "
+        "look at the samples named above, or lower --lr. What was saved before is untouched")
+
+
+def catch_signals():
+    """A list that SIGINT, SIGTERM and SIGHUP, a closed terminal, are added to when they come: the
+    step is finished, then all is saved."""
+    stops = []
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP, nohup ignores it
+        if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+            signal.signal(number, lambda number, _: stops.append(number))
+    return stops
 
 
 # ------------------------------------------------------------------------------ the demo's model
@@ -444,629 +958,9 @@ def put_heads_in(model):
         parameter *= 0.5
 
 
-# -------------------------------------------------------------------------------------- plumbing
-
-
-class Recompute(torch.autograd.Function):
-    """Activation checkpointing: keep what goes into a function, run it again in the backward pass.
-    What it uses beside its inputs, a block's weights, gets gradients in that second run."""
-
-    @staticmethod
-    def forward(ctx, run, *inputs):
-        ctx.run = run
-        ctx.save_for_backward(*inputs)
-        ctx.set_materialize_grads(False)  # outputs that nobody used cost nothing
-        return run(*inputs)  # autograd is off in here: nothing inside is kept
-
-    @staticmethod
-    def backward(ctx, *grads):
-        inputs = []
-        for tensor, needs_grad in zip(ctx.saved_tensors, ctx.needs_input_grad[1:]):
-            inputs.append(tensor.detach().requires_grad_(needs_grad))
-        with torch.enable_grad():
-            outputs = ctx.run(*inputs)
-        if not isinstance(outputs, tuple):
-            outputs = (outputs,)
-        used = [k for k, grad in enumerate(grads) if grad is not None]
-        torch.autograd.backward([outputs[k] for k in used], [grads[k] for k in used])
-        return None, *(tensor.grad for tensor in inputs)  # None: of `run`
-
-
-def recompute_in_backward(block):
-    """Wrap a transformer block of the library, called as block(hidden, **others)."""
-    run = block.forward
-    block.forward = lambda hidden, **others: Recompute.apply(partial(run, **others), hidden)
-
-
-class Optimizer:
-    """Mixed precision by hand: AdamW on fp32 master copies of what trains in a 16-bit model.
-
-    At lr 1e-5 most updates are smaller than the spacing of bf16 numbers, which alone would hardly
-    move. So the model computes in 16 bits, while weights, gradients and moments are kept in fp32.
-    An fp32 model is its own master. fp16 gradients underflow: the loss is scaled up for them. The
-    image encoder in a whole model has a learning rate of its own.
-    """
-
-    def __init__(self, model, args, dtype, device):
-        self.warmup = args.warmup
-        self.clip = args.clip
-        self.t = 0  # updates
-        self.good = 0  # steps in a row whose gradient was finite
-        self.missed = []  # why each step since the last update changed nothing
-        self.scale = 2.0**16 if dtype == torch.float16 else 1.0
-        self.patience = 5 if self.scale == 1 else 25  # steps in a row; a lower scale may mend it
-        self.tensors = {}  # {name: (the model's tensor, its master, the master's AdamW)}
-        home = torch.device("cpu") if args.offload else device
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                master = torch.nn.Parameter(p.data.to(home, torch.float32))
-                if dtype == torch.float32 and home == device:
-                    p.data = master.data
-                p.register_post_accumulate_grad_hook(partial(self.take, master))
-                lr = args.vision_lr if "visual." in name else args.lr
-                adam = torch.optim.AdamW([master], lr, args.betas, weight_decay=0, fused=True)
-                self.tensors[name] = p, master, adam
-        place(model, dtype, device)
-
-    @staticmethod
-    def take(master, p):
-        """Called when a weight's gradient is there: the 16-bit ones never exist all at once."""
-        grad = p.grad.to(master.device, torch.float32)
-        master.grad = grad if master.grad is None else master.grad.add_(grad)
-        p.grad = None
-
-    def backward(self, loss):
-        (loss * self.scale).backward()
-
-    def reduce(self):
-        """Sum the gradient over processes, undo the scale. Returns its norm, maybe inf or NaN."""
-        norms = []
-        for _, master, _ in self.tensors.values():
-            if master.grad is None:
-                master.grad = torch.zeros_like(master)
-            if dist.is_initialized():
-                dist.all_reduce(master.grad)
-            master.grad /= self.scale
-            norms.append(master.grad.norm())
-        return float(torch.stack(norms).norm())
-
-    def step(self, norm):
-        """One update, its gradient, whose norm `reduce` returned, clipped. Returns whether it was
-        made: a gradient that is not finite changes nothing."""
-        finite = math.isfinite(norm)
-        if finite:
-            self.t += 1
-            self.good += 1
-            self.missed = []
-            shrink = min(1.0, self.clip / (norm + 1e-12))
-            warm = min(1.0, self.t / max(self.warmup, 1))
-            for p, master, adam in self.tensors.values():
-                master.grad *= shrink
-                adam.param_groups[0]["lr"] = adam.defaults["lr"] * warm
-                adam.step()
-                p.data.copy_(master.data)
-        else:
-            self.good = 0
-        for _, master, _ in self.tensors.values():
-            master.grad = None
-        if self.scale > 1 and not finite:
-            self.scale /= 2
-        elif self.scale > 1 and self.good % 1000 == 0:
-            self.scale *= 2
-        return finite
-
-    def load(self, out, state):
-        """Continue from what save_checkpoint wrote."""
-        self.t = state["t"]
-        self.good = state["good"]
-        self.missed = state["missed"]
-        if self.scale > 1 and state["scale"] > 1:
-            self.scale = state["scale"]
-        for kind, file in state["files"].items():
-            try:
-                saved = load_file(out / file)
-            except (OSError, SafetensorError) as error:
-                raise geometry.DataError(f"{out / file}: this file of the checkpoint cannot be read"
-                                         f" ({error}); start over without --resume") from None
-            for name, (p, master, adam) in self.tensors.items():
-                if kind == "master":
-                    master.data.copy_(saved[name])
-                    p.data.copy_(saved[name])
-                else:  # a copy, or the file would stay on the disk when it is deleted
-                    adam.state[master][kind] = saved[name].to(master.device, copy=True)
-                    adam.state[master]["step"] = torch.tensor(float(self.t), device=master.device)
-
-
-def place(model, dtype, device):
-    """Move a model to a device, its weights in dtype, one by one: the whole never exists twice. The
-    buffers, among them the rotary frequencies, keep their own dtype."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(device, dtype)
-    model.to(device)
-
-
-def save_checkpoint(out, state, optimizer):
-    """Write masters and two moments to files whose names carry the step, and then checkpoint.json,
-    which names these files. A rename puts it in place of the last one, and only then are older
-    files deleted: a kill or a full disk spares what was there before."""
-    files = {kind: f"checkpoint-{state['step']}-{kind}.safetensors"
-             for kind in ("master", "exp_avg", "exp_avg_sq")}
-    state |= {"files": files, "t": optimizer.t, "good": optimizer.good, "scale": optimizer.scale,
-              "missed": optimizer.missed}
-    for kind, file in files.items():
-        tensors = {}
-        for name, (_, master, adam) in optimizer.tensors.items():
-            tensor = master.detach()
-            if kind != "master":  # there is no moment before the first update
-                tensor = adam.state[master].get(kind, torch.zeros_like(tensor))
-            tensors[name] = tensor.cpu()
-        save_file(tensors, out / file)
-    (out / "checkpoint.tmp").write_text(json.dumps(state))
-    if hasattr(os, "sync"):  # not on Windows
-        os.sync()
-    os.replace(out / "checkpoint.tmp", out / "checkpoint.json")
-    for file in out.glob("checkpoint-*.safetensors"):
-        if file.name not in files.values():
-            file.unlink()
-
-
-def read_checkpoint(out):
-    """What save_checkpoint wrote last; {} where there is none. DataError if it cannot be read."""
-    path = Path(out) / "checkpoint.json"
-    if not path.exists():
-        return {}
-    try:
-        state = json.loads(path.read_text())
-        # KeyError or TypeError if one of these is missing
-        state["args"]["steps"], state["step"], state["files"], state["missed"]
-        return state
-    except (ValueError, KeyError, TypeError) as error:
-        raise geometry.DataError(f"{path}: cannot be read as a checkpoint ({error}); remove it to "
-                                 "start over") from None
-
-
-def settle(p, argv, values):
-    """The arguments of a run. What the command line gives wins; `values` stand for the rest. With
-    --resume the checkpoint's win over `values`, and the command line may differ from them only in
-    what lengthens the run or changes no number: any other difference is an error."""
-    p.set_defaults(**values)
-    args = p.parse_args(argv)
-    if args.resume:
-        state = read_checkpoint(args.out).get("args")
-        if not state:
-            p.error(f"--out {args.out} has no checkpoint.json to --resume from; name the run's")
-        p.set_defaults(**state | {"resume": True})
-        args = p.parse_args(argv)
-        may = {"resume", "out", "steps", "data", "model", "offload", "no_recompute", "workers"}
-        for name in sorted(state.keys() - may):
-            if state[name] != getattr(args, name):
-                p.error(f"--resume: --{name.replace('_', '-')} was {state[name]} and must stay so")
-    for name, value in vars(args).items():
-        least = 0 if name in MAY_BE_0 else 1e-30
-        if type(value) in (int, float) and not value >= least:  # NaN is out of range as well
-            p.error(f"--{name.replace('_', '-')} is out of range: {value}")
-    return args
-
-
-def begin(args, walk, source):
-    """Make or find --out, which must be this run's, or DataError. Returns
-    - the run's identity, which every checkpoint holds: its arguments, and fingerprints of data and
-      start model. Their files are read whole for it: a run that was resumed on other samples or
-      weights would be wrong without a word;
-    - the state to resume from, {} for a new run;
-    - what keeps --out locked while it is held.
-    """
-    out = Path(args.out)
-    if out.resolve() == source.resolve():
-        raise geometry.DataError(f"--out {out} is the start model's; name another")
-    out.mkdir(parents=True, exist_ok=True)
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    lock = lock_folder(out) if first else None
-    state = read_checkpoint(out)
-    identity = {"args": vars(args), "data": geometry.fingerprint(walk.samples.files),
-                "model": geometry.fingerprint(weight_files(source))}
-    if args.resume:
-        for name in ("data", "model"):
-            if state[name] != identity[name]:
-                raise geometry.DataError(f"--out {out} was begun with another --{name} than "
-                                         f"{getattr(args, name)}; name that")
-        return identity, state, lock
-    if state and state["step"] < state["args"]["steps"]:
-        raise geometry.DataError(
-            f"--out {out} holds a run stopped at step {state['step']} of {state['args']['steps']}; "
-            "go on with --resume, or remove its checkpoint.json to start over")
-    if first:
-        (out / "checkpoint.json").unlink(missing_ok=True)  # of a run that has ended
-    return identity, {}, lock
-
-
-def lock_folder(out):
-    """Lock a run's folder: an open file, which locks it until it is closed or the process ends.
-    DataError if another process has done so."""
-    file = open(out / "lock", "w")
-    try:
-        import fcntl  # not on Windows
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise geometry.DataError(f"--out {out}: another run is writing there; wait for its end, or "
-                                 "name another --out") from None
-    except (OSError, ImportError) as error:
-        print(f"warning: {out} cannot be locked ({error}): start no second run there")
-    return file
-
-
-def find_model(name):
-    """Find a complete 16- or 32-bit model: `name` is its directory or its id on the hub.
-
-    Returns the directory and, read from the files' headers, {plain name: (how many numbers, the
-    file's word for their dtype)} of all tensors.
-    """
-    path = Path(name)
-    if name in MADE_BY and not (path / "config.json").exists():
-        raise geometry.DataError(f"{name}: not there yet; run `{MADE_BY[name]}` first")
-    file = path  # the one that is being read, for the error
-    headers = {}
-    try:
-        if not path.is_dir():
-            path = Path(snapshot_download(name, allow_patterns=[
-                "*.json", "*.txt", "*.jinja", "*.safetensors"]))
-        file = path
-        config = json.loads((path / "config.json").read_text())
-        for file in weight_files(path):
-            with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():
-                    header = tensors.get_slice(key)
-                    headers[plain(key)] = math.prod(header.get_shape()), header.get_dtype()
-    except (OSError, ValueError, KeyError, SafetensorError) as error:  # the hub's are among these
-        raise geometry.DataError(f"{file}: no complete model directory, and none on the hub "
-                                 f"({str(error).strip().splitlines()[0]})") from None
-    if "quantization_config" in config:
-        raise geometry.DataError(f"{path}: its weights are quantised; take the 16-bit model")
-    if not (path / "tokenizer.json").exists() and not (path / "vocab.json").exists():
-        raise geometry.DataError(f"{path}: has no tokenizer.json; copy the tokenizer's files from "
-                                 "the model that it was made of")
-    return path, headers
-
-
-def weight_files(path):
-    """The files with a model's weights, as from_pretrained chooses them."""
-    if (path / "model.safetensors").exists():
-        return [path / "model.safetensors"]
-    index = json.loads((path / "model.safetensors.index.json").read_text())
-    return [path / name for name in sorted(set(index["weight_map"].values()))]
-
-
-def plain(key):
-    """A tensor's name without the prefixes, which differ between files and releases."""
-    return re.sub(r"^(model\.)?(language_model\.)?", "", key)
-
-
-def load_model(path, headers):
-    """Model and tokenizer of a directory, on the CPU; fp32 unless all tensors are of one 16-bit
-    dtype."""
-    transformers.utils.logging.disable_progress_bar()
-    kinds = "".join({kind for _, kind in headers.values()})  # config.json may say another
-    dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(kinds, torch.float32)
-    try:
-        model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
-        # control tokens in texts are text; set once, since threads share the tokenizer
-        tokenizer = AutoTokenizer.from_pretrained(path, split_special_tokens=True)
-        lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-        if lacking:
-            raise ValueError(f"{len(lacking)} tensors are missing or have another shape than "
-                             f"config.json says, {lacking[0]} among them")
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise geometry.DataError(
-            f"{path}: cannot be read as a Qwen2.5-VL ({str(error).splitlines()[0]})") from None
-    # the library's 3-D convolution, one patch at a time, is slow; it is this matrix product
-    embed = model.model.visual.patch_embed
-    embed.forward = lambda pixels: F.linear(
-        pixels.to(embed.proj.weight.dtype), embed.proj.weight.flatten(1))
-    return model, tokenizer
-
-
-def save_model(model, source, out, optimizer):
-    """Write model directory `source` to `out` with the trained tensors in place of its own.
-
-    All else leaves as it came: other tensors bit for bit, dtypes, names, shards, json files. So
-    what reads the source reads `out`. All is written to `incoming` first, then moved: a kill while
-    it is written harms no model.
-    """
-    masters = {p: master.detach() for p, master, _ in optimizer.tensors.values()}
-    trained = {}
-    for name, p in model.named_parameters(remove_duplicate=False):  # tied weights have two names
-        if p in masters:
-            trained[plain(name)] = masters[p]
-    incoming = out / "incoming"
-    shutil.rmtree(incoming, ignore_errors=True)
-    incoming.mkdir()
-    for file in source.iterdir():
-        if file in weight_files(source):
-            tensors = load_file(file)
-            for key, tensor in tensors.items():
-                if plain(key) in trained:
-                    tensors[key] = trained[plain(key)].to("cpu", tensor.dtype, copy=True)
-            save_file(tensors, incoming / file.name, {"format": "pt"})
-        elif file.suffix in (".json", ".txt", ".jinja") and file.name != "checkpoint.json":
-            shutil.copyfile(file, incoming / file.name)
-    for file in out.glob("model*.safetensors*"):
-        file.unlink()
-    for file in incoming.iterdir():
-        os.replace(file, out / file.name)
-    incoming.rmdir()
-
-
-def start_processes(precision):
-    """Join torchrun's process group if there is one. Returns rank, world, device, working dtype."""
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
-        raise geometry.DataError("srun started several processes that do not know of each other: "
-                                 "let it start one, torchrun --nproc_per_node N ...")
-    device = torch.device("cpu")
-    best = "fp32"
-    try:
-        rank = int(os.environ.get("RANK", 0))
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        if torch.cuda.is_available():
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(device)
-            torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew for every length of a text
-            best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        elif shutil.which("nvidia-smi"):
-            print("warning: the GPU cannot be used (its driver? a torch without CUDA?): on the CPU")
-        if world > 1:  # both backends, since --offload keeps gradients in host memory
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                    timeout=timedelta(hours=2))  # others wait while the first saves
-    except (ValueError, RuntimeError) as error:
-        raise geometry.DataError(f"processes cannot be started ({str(error).splitlines()[0]}): "
-                                 "torchrun sets RANK, WORLD_SIZE and what else is needed") from None
-    if best == "fp16":
-        print("warning: this GPU has no bf16: --precision auto is fp16, with a loss scale")
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return rank, world, device, dtypes[best if precision == "auto" else precision]
-
-
-def gather(items):
-    """What the lists of all processes hold, in one list."""
-    everyone = [items]
-    if dist.is_initialized():
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, items)
-    return list(itertools.chain(*everyone))
-
-
-def memory_line(weights, trained, tokens, dtype, device, offload=False, pixels=0):
-    """A line that says how much memory a run will take, and what to do if less is free.
-
-    weights: how many numbers the model has; trained: how many each trained tensor has; tokens: how
-    many keep their activations, 256 KiB each; pixels: how many the held-out pictures have.
-    A trained number has an fp32 master, a gradient and two moments. On the host these take a tenth
-    more, since freed tensors leave memory unusable. The largest tensor's new gradient stands beside
-    them. A checkpoint is written from a copy on the host.
-    """
-    masters_are_weights = dtype == torch.float32 and not offload
-    state = sum(trained) * (12 if masters_are_weights else 16)
-    libraries = 0.3 * 2**30
-    work = dtype.itemsize * (weights + max(trained, default=0)) + tokens * 2**18 + libraries
-    heldout = 6 * dtype.itemsize * pixels  # three colours; the encoder takes each picture twice
-    free = {}
-    need = {"host": work + 1.1 * state + heldout}
-    if device.type == "cuda":
-        on_gpu, on_host = (0, 1.1 * state) if offload else (state, 4 * sum(trained))
-        need = {"GPU": work + on_gpu, "host": on_host + heldout + libraries}
-        free["GPU"] = torch.cuda.mem_get_info(device)[0]
-    if Path("/proc/meminfo").exists():  # Linux
-        available = re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())
-        free["host"] = 1024 * int(available[1]) if available else math.inf
-    line = "memory  " + ", ".join(f"{where} {need[where] / 2**30:.1f} GiB" for where in need)
-    if any(need[where] > free.get(where, math.inf) for where in need):
-        line += (", more than is free: --freeze, --offload (on a GPU; pasta.py has neither), fewer "
-                 "--max-pixels take less")
-    return line
-
-
-def open_log(path, args, step):
-    """Begin a log with arguments and versions; of a resumed run keep the lines up to `step`."""
-    lines = []
-    if args.resume and path.exists():
-        lines = path.read_text(errors="replace").splitlines()[1:]
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "transformers": transformers.__version__, "numpy": np.__version__}
-    head = {"args": vars(args), "versions": versions}
-    kept = [line for line in lines if step_of(line) <= step]
-    path.write_text("".join(f"{line}\n" for line in (strict_json(head), *kept)))
-
-
-def step_of(line):
-    """The step of a line of a log; inf of a line that a kill cut."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-
-
-def strict_json(record):
-    """A record as JSON that every reader takes: null for NaN and the infinities."""
-    return json.dumps(json.loads(json.dumps(record), parse_constant=lambda _: None))
-
-
-def write_line(path, record):
-    with open(path, "a") as file:
-        file.write(strict_json(record) + "\n")
-
-
-def print_step(record, steps, left, fields):
-    """One line a step on a terminal, else about 30 in all."""
-    step = record["step"]
-    if sys.stdout.isatty() or step in (1, steps) or step % max(1, steps // 30) == 0:
-        said = "  ".join(f"{name} {record[name]:.4g}" for name in fields if name in record)
-        print(f"step {step}/{steps}  {said}  left {timedelta(seconds=int(left))}", flush=True)
-
-
-def left_out(step, found, grad_norm, batch, optimizer, walk, say):
-    """The record of a step that changed nothing; DataError after too many of them in a row."""
-    names = ", ".join(gather([name for name, _ in batch]))
-    why = f"gradient norm {grad_norm}" if found else "no usable sample"
-    say(f"step {step} left out: {why} ({names})")
-    optimizer.missed.append(why)
-    not_finite = len(optimizer.missed) - optimizer.missed.count("no usable sample")
-    if not_finite == optimizer.patience or len(optimizer.missed) == 50:
-        raise no_update(optimizer, walk)
-    return {"step": step, "skipped": f"{why} ({names})"}
-
-
-def no_update(optimizer, walk):
-    """The DataError that says why no step since the last update changed anything."""
-    ((reason, count),) = Counter(optimizer.missed).most_common(1)
-    return geometry.DataError(
-        f"{len(optimizer.missed)} steps in a row changed no weight, {count} of them: {reason}"
-        f"{walk.first_problem()}; look at the samples named above, or lower --lr. What was saved "
-        "before is untouched")
-
-
-def catch_signals():
-    """A list that SIGINT, SIGTERM and SIGHUP, a closed terminal, are added to when they come: the
-    step is finished, then all is saved."""
-    stops = []
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP, nohup ignores it
-        if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
-            signal.signal(number, lambda number, _: stops.append(number))
-    return stops
-
-
-class Console:
-    """Standard output that ends no run: neither by a letter that it lacks, nor when it is closed or
-    its reader has gone."""
-
-    def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")
-        if hasattr(stream, "reconfigure"):  # a notebook's has none
-            stream.reconfigure(errors="replace")
-
-    def write(self, text):
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except (OSError, ValueError):
-            self.stream = open(os.devnull, "w")
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
-def main(argv=None):
-    args = parse_args(argv)
-    rank, world, device, dtype = start_processes(args.precision)
-    say = partial(print, flush=True) if rank == 0 else lambda *_, **__: None
-    if args.demo:  # rooms and a tiny model, written once in the layouts of real ones
-        say("Demo: rendered rooms and a tiny Qwen2.5-VL. The real run:\n"
-            "  python pasta.py --grid 4 --model Qwen/Qwen2.5-VL-3B-Instruct --data /path/to/spar")
-        if rank == 0:
-            geometry.render_rooms(args.data, seed=args.seed)
-            make_demo_model(Path("out/demo/model"), args.data, args.seed)
-        gather([])  # the others read what the first process wrote
-    out = Path(args.out)
-    source, headers = find_model(args.model)
-
-    # samples to train on, in the order of --seed, and pairs to look at
-    walk = geometry.Walk(args.data, args.samples, args.seed)
-    args.steps = args.steps or max(1, len(walk.drawn) // args.batch)  # not in the paper: epochs
-    args.save_every = args.save_every or max(1, args.steps // 4)
-    identity, state, lock = begin(args, walk, source)
-    start = state["step"] if state else 0
-    say(f"data    {args.data}: {len(walk.drawn):,} of {len(walk.samples):,} multi-image samples, "
-        f"{args.batch} a step over {world} process(es); {args.steps - start:,} steps")
-
-    # the model; its image encoder in the working dtype, with fp32 masters
-    vision = [count for name, (count, _) in headers.items() if name.startswith("visual.")]
-    say(f"model   {args.model}: the image encoder trains, {sum(vision):,} parameters, {dtype} on "
-        f"{device}")
-    tokens = 3 * args.max_pixels // 14**2  # three images a sample, in patches of 14 x 14 pixels
-    say(memory_line(sum(vision), vision, tokens, dtype, device,
-                    pixels=args.heldout * 2 * args.max_pixels))
-    model, _ = load_model(source, headers)
-    encoder = model.model.visual
-    if not args.no_recompute:
-        for block in encoder.blocks:
-            recompute_in_backward(block)
-    optimizer = Optimizer(encoder, args, dtype, device)
-
-    processor = Qwen2VLImageProcessorPil(
-        size={"shortest_edge": 56 * 56, "longest_edge": args.max_pixels})
-    ready = partial(prepare, args=args, processor=processor, dtype=dtype)
-    if rank == 0:  # the encoder as it starts, also when resuming: for `drift` and "before"
-        open_log(out / "log.jsonl", args, start)
-        heldout = walk.prepared(ready, heldout_pairs(walk, args.heldout), args.workers)
-        overlaps = [(*views, pairs[0][2].numpy()) for views, _, _, pairs in heldout]
-        line, odd = geometry.describe_pairs(overlaps)
-        say(f"views   {line}")
-        if odd:
-            say(f"warning: {odd}")
-        progress, start_features, before = evaluate(encoder, heldout, args)
-        say(f"start   match accuracy {progress['match_accuracy']:.1%} of held-out patches "
-            f"(chance {progress['chance']:.1%})")
-        if not state:
-            write_line(out / "log.jsonl", {"step": 0, **progress})
-    if state:
-        optimizer.load(out, state)
-
-    stops = catch_signals()
-    begun = time.monotonic()
-    batches = walk.batches(ready, start, args.steps, args.batch, rank, world, args.workers)
-    for step, batch in enumerate(batches, start + 1):
-        tick = time.monotonic()
-        samples = [prepared for _, prepared in batch if prepared]
-        # |P| counts the pairs of all processes, so that their gradients add up
-        pairs_here = [len(pairs) for *_, pairs in samples]
-        count = sum(gather(pairs_here))  # not in the paper: pairs of a step
-        loss = excess = 0.0
-        for _, pixels, grids, pairs in samples:
-            e = encode(encoder, pixels, grids, args.grid)
-            pairs = [(x, y, S.to(device)) for x, y, S in pairs]
-            L_CL, over_floor = alignment_loss(e, pairs, count, args)
-            optimizer.backward(L_CL)
-            loss += L_CL.item()
-            excess += over_floor.item()
-        loss = sum(gather([loss]))
-        excess = sum(gather([excess]))
-        grad_norm = optimizer.reduce()
-        moved = count > 0 and optimizer.step(grad_norm)
-
-        record = {"step": step, "loss": loss, "excess": excess, "grad_norm": grad_norm,
-                  "pairs_per_s": count / (time.monotonic() - tick)}
-        if not moved:
-            record = left_out(step, count, grad_norm, batch, optimizer, walk, say)
-        stop = gather(stops)
-        if rank == 0:
-            if stop or step == args.steps or step % args.save_every == 0:
-                save_checkpoint(out, identity | {"step": step}, optimizer)
-                progress, _, after = evaluate(encoder, heldout, args, start_features)
-                draw_matches(out / "matches.png", heldout, before, after, args.grid)
-                record |= progress
-                say(f"step {step}  match accuracy {record['match_accuracy']:.1%} of held-out "
-                    f"patches, excess {record['heldout_excess']:.3f}, drift {record['drift']:.2f}")
-            write_line(out / "log.jsonl", record)
-            left = (time.monotonic() - begun) / (step - start) * (args.steps - step)
-            print_step(record, args.steps, left, ("loss", "excess", "grad_norm", "pairs_per_s"))
-        if stop:
-            gather([])  # wait until the first has saved: torchrun ends all when one ends
-            say(f"stopped after step {step}; go on with --resume --out {out}")
-            sys.exit(128 + stop[0])
-
-    if optimizer.t == 0:
-        raise no_update(optimizer, walk)
-    if rank == 0:
-        save_model(model, source, out, optimizer)
-        say(f"wrote   {out}: the model with its aligned encoder, log.jsonl, matches.png; "
-            f"{len(walk.skipped)} problems with the data")
-    if world > 1:
-        dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    sys.stdout = Console(sys.stdout)
+    if hasattr(sys.stdout, "reconfigure"):  # letters that a console lacks end no run
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
     except (geometry.DataError, OSError, SafetensorError, torch.OutOfMemoryError) as error:

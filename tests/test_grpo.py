@@ -1,12 +1,14 @@
 """actor_grpo.py: a group against separate rows, the sampler, the loss; what a run logs, its flags.
 What it promises as every trainer does is in test_trainers.py."""
 
+import contextlib
 import itertools
 import json
 import math
+import shutil
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -128,7 +130,7 @@ def apart(model, case, recompute=False):
     """Largest difference of log p from the oracle's, relative one of the gradient."""
     prompt, temperature, wanted, gradient = case
     log_p, its = with_gradient(model, actor_grpo.group_log_probs(
-        model, prompt, TOKENS, MASK, temperature, None, recompute))
+        model, prompt, TOKENS, MASK, temperature, recompute))
     return float((log_p - wanted).abs().max()), float((its - gradient).norm() / gradient.norm())
 
 
@@ -169,7 +171,7 @@ def test_prompt(made, more, instruction):
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
         f"{pictures}<|im_end|>?\n{instruction}<|im_end|>\n<|im_start|>assistant\n")
     assert prompt.ids.tolist().count(made[1].convert_tokens_to_ids("<|im_end|>")) == 2
-    assert list(prompt.gold.actions) == [(0, 1)]
+    assert list(prompt.gold.actions) == ([] if more else [(0, 1)])
 
 
 # --- rollouts
@@ -206,9 +208,7 @@ def test_rollouts_equal_naive_sampling(made, which, temperature, budgets, monkey
     layers, batches = actor_grpo.run_layers, []
     monkeypatch.setattr(actor_grpo, "run_layers", lambda model, x, *more: batches.append(
         len(x)) or layers(model, x, *more))
-    images = [None for _ in prompts]
-    sampled = actor_grpo.rollout(model, prompts, images, noise, temperature, banned,
-                                 torch.tensor(END))
+    sampled = actor_grpo.rollout(model, prompts, noise, temperature, banned, torch.tensor(END))
     lengths, steps = [], batches[len(prompts):]  # behind the prompts' own passes
     for prompt, own_noise, budget, (tokens, mask, log_p) in zip(prompts, noise, budgets, sampled):
         wanted = [naive_rollout(model, prompt, one[:budget], temperature, banned.tolist())
@@ -234,13 +234,13 @@ def test_a_batch_changes_no_completion(made):
     prompts = [make(its, "--max-new-tokens", "20") for its in SIZES]
     noise = torch.stack([actor_grpo.uniforms(0, 1, k, G, 30) for k in range(3)])
     none = torch.tensor([], dtype=torch.long)
-    together = actor_grpo.rollout(model, prompts, [None] * 3, noise, 1.0, none, end)
+    together = actor_grpo.rollout(model, prompts, noise, 1.0, none, end)
     for prompt, own_noise, many in zip(prompts, noise, together):
-        one, = actor_grpo.rollout(model, [prompt], [None], own_noise[None, :, :20], 1.0, none, end)
+        one, = actor_grpo.rollout(model, [prompt], own_noise[None, :, :20], 1.0, none, end)
         assert torch.equal(one[0], many[0]) and torch.equal(one[1], many[1])
         torch.testing.assert_close(one[2], many[2], rtol=1e-6, atol=1e-6)
     ended = actor_grpo.rollout(  # and the loop ends when all have ended
-        model, prompts, [None] * 3, noise, 1.0, none, torch.arange(2000))
+        model, prompts, noise, 1.0, none, torch.arange(2000))
     assert all(its.shape == (G, 1) for group in ended for its in group)
     assert all(mask.all() for _, mask, _ in ended)
 
@@ -261,7 +261,7 @@ def test_wrong_masks_of_sampling_are_noticed(made, see, monkeypatch):
 
     monkeypatch.setattr(actor_grpo, "run_layers", other)
     end = torch.tensor(END)
-    sampled = actor_grpo.rollout(model, prompts, [None, None], noise, 1.0, end[:0], end)
+    sampled = actor_grpo.rollout(model, prompts, noise, 1.0, end[:0], end)
     monkeypatch.setattr(actor_grpo, "run_layers", layers)
     apart = []
     for prompt, (tokens, mask, log_p) in zip(prompts, sampled):
@@ -367,25 +367,54 @@ def test_clipping_and_clamping_stop_the_gradient():
 # --- groups, and what is said of them
 
 
-@pytest.mark.parametrize("more, block", [(["--freeze", "vision"], "action"),
-                                         (["--reasoning", "language"], "think")])
-def test_roll_out_groups(made, monkeypatch, more, block):
+class Sgd:
+    """In an Optimizer's place: what grpo_step asks of it, written down; its norms are `norms`."""
+
+    def __init__(self, model, norms):
+        self.model, self.norms, self.gradients = model, list(norms), []
+        model.zero_grad()
+
+    def backward(self, loss):
+        loss.backward()
+
+    def reduce(self):
+        self.gradients.append(torch.cat([
+            torch.zeros(p.numel()) if p.grad is None else p.grad.flatten()
+            for p in self.model.parameters()]))
+        return self.norms.pop(0)
+
+    def step(self, norm):
+        if math.isfinite(norm):
+            for p in self.model.parameters():
+                p.data -= 1e-3 * p.grad
+        self.model.zero_grad()
+        return math.isfinite(norm)
+
+
+@pytest.mark.parametrize("more, block", [([], "action"), (["--reasoning", "language"], "think")])
+def test_a_step_in_its_parts(made, monkeypatch, more, block):
+    """Parts 2 to 6 with two updates, beside each part by itself: what is sampled, paid, compared,
+    said by the reference; the gradient of both updates, the second from where the first led to."""
     (model, tokenizer, make), paid = made, []
+    model, reference = deepcopy(model), model
     monkeypatch.setattr(rewards, "END", tokenizer.convert_ids_to_tokens(END))
     monkeypatch.setattr(rewards, "total_reward", lambda *a, **b: paid.append((*a, b)) or pay(*a))
     args = actor_grpo.parse_args(
         "--data - --group 4 --max-new-tokens 12 --weights 1 2 3 --tau-t 2 --tau-r 20 --seed 4 "
-        "--temperature 0.7".split() + more)
+        "--temperature 0.7 --beta 0.1 --updates 2 --no-recompute".split() + more)
     prompts = {1: make(SIZES[0], "--max-new-tokens", "12"),
                3: make(SIZES[1], "--max-new-tokens", "7")}
-    groups, logged, shown = actor_grpo.roll_out_groups(
-        model, model, tokenizer, prompts, args, step=5)
-    assert [len(its) for its in (groups, logged, shown)] == [2, 2, 2] and len(paid) == 2 * G
-    for number, group, said, seen in zip(prompts, groups, logged, shown):
+    optimizer = Sgd(model, [1.0, 1.0])
+    groups, count, moved, norm = actor_grpo.grpo_step(
+        model, reference, tokenizer, optimizer, prompts, args, step=5)
+    assert (len(groups), count, moved, norm, len(paid)) == (2, 2, True, 1.0, 2 * G)
+    model, again = deepcopy(reference), Sgd(model, [1.0, 1.0])
+    again.model = model
+    for number, group in zip(prompts, groups):
         prompt = prompts[number]
         noise = actor_grpo.uniforms(4, 5, number, G, prompt.longest)
-        (tokens, mask, _), = actor_grpo.rollout(
-            model, [prompt], [None], noise[None], 0.7, ids_of(tokenizer, *actor_grpo.BANNED),
+        (tokens, mask, sampled), = actor_grpo.rollout(
+            reference, [prompt], noise[None], 0.7, ids_of(tokenizer, *actor_grpo.BANNED),
             torch.tensor(END))
         rows = [one[kept].tolist() for one, kept in zip(tokens, mask)]
         texts = [tokenizer.decode([k for k in row if k not in END]) for row in rows]
@@ -393,27 +422,57 @@ def test_roll_out_groups(made, monkeypatch, more, block):
         assert asked == [(text, prompt.gold, [1, 2, 3], 2, 20, {"block": block}) for text in texts]
         scores = [pay(text) for text in texts]
         A = actor_grpo.group_advantages(torch.tensor([score["total"] for score in scores]))
-        with torch.no_grad():  # equal, whether the images' tokens were known already or not
-            ref = actor_grpo.group_log_probs(model, prompt, tokens, mask, 0.7)
+        with torch.no_grad():
+            ref = actor_grpo.group_log_probs(reference, prompt, tokens, mask, 0.7)
         for name, wanted in (("tokens", tokens), ("mask", mask), ("A", A), ("ref", ref)):
             assert torch.equal(getattr(group, name), wanted)
-        assert group.prompt is prompt and not group.ref.requires_grad
-        assert (group.images is not None) == ("vision" in more)
-        cut = np.mean([row[-1] not in END for row in rows])
-        assert 0 < cut < 1 and said == {
-            "scores": scores, "length": pytest.approx(np.mean([len(row) for row in rows])),
-            "truncated": pytest.approx(cut), "distinct": len(set(texts)), "dead_groups": 0}
-        assert seen == {
+        assert group.prompt is prompt and not group.ref.requires_grad and group.scores == scores
+        torch.testing.assert_close(group.sampled, sampled, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(group.old, ref)  # the reference is the policy that sampled
+        assert actor_grpo.show(group, 5) == {
             "step": 5, "id": prompt.id, "task": prompt.gold.task, "gold": prompt.gold.answer,
             "responses": [{"text": text, **score, "advantage": float(a)}
                           for text, score, a in zip(texts, scores, A)]}
-    assert actor_grpo.roll_out_groups(model, model, tokenizer, {}, args, 5) == ([], [], [])
+        cut = np.mean([row[-1] not in END for row in rows])
+        logged = actor_grpo.log_of(group)
+        assert 0 < cut < 1 and {name: logged[name] for name in (
+            "scores", "length", "truncated", "distinct", "dead_groups")} == {
+            "scores": scores, "length": pytest.approx(np.mean([len(row) for row in rows])),
+            "truncated": pytest.approx(cut), "distinct": len(set(texts)), "dead_groups": 0}
+        assert logged["gap"] == float((group.old - group.sampled)[mask].abs().max())
+    for update in range(2):
+        for group in groups:
+            log_p = actor_grpo.group_log_probs(model, group.prompt, group.tokens, group.mask, 0.7)
+            loss, statistics = actor_grpo.grpo_loss(
+                log_p, group.old, group.ref, group.A, group.mask, 0.2, 0.1)
+            again.backward(loss / 2)
+            if update == 1:
+                assert statistics == group.statistics and statistics["ratio_max"] > 1
+                assert actor_grpo.log_of(group)["loss"] == loss.item() / 2
+        assert again.step(again.reduce())
+        torch.testing.assert_close(again.gradients[update], optimizer.gradients[update])
+    assert float(optimizer.gradients[0].abs().max()) > 0
+
+
+def test_steps_that_change_nothing(made):
+    """Without a prompt on any process, or with a first gradient that is not finite; if the second
+    one is not, the first update stands."""
+    model, tokenizer, make = deepcopy(made[0]), *made[1:]
+    args = actor_grpo.parse_args("--data - --group 2 --beta 0 --updates 2".split())
+    for prompts, norms, wanted in (({}, [0.0], (0, False)), ({0: make(SIZES[0])}, [math.nan], (
+            1, False)), ({0: make(SIZES[0])}, [1.0, math.inf], (1, True))):
+        prompts = {k: prompt._replace(longest=3) for k, prompt in prompts.items()}
+        optimizer = Sgd(model, norms)
+        groups, count, moved, norm = actor_grpo.grpo_step(
+            model, None, tokenizer, optimizer, prompts, args, 1)
+        assert (count, moved) == wanted and len(groups) == count and not optimizer.norms
+        assert all(group.ref is None for group in groups)
+        assert (norm == 0.0) if not prompts else not math.isfinite(norm)
 
 
 def test_budgets_follow_the_number_of_views(made, monkeypatch):
     """And noise is drawn for the longest one of them; equal rewards make a dead group."""
     (model, tokenizer, make), asked, draw = made, [], actor_grpo.uniforms
-    monkeypatch.setattr(rewards, "total_reward", lambda *_, **__: {"total": 1.0})
     monkeypatch.setattr(actor_grpo, "uniforms", lambda *its: asked.append(its) or draw(*its))
     monkeypatch.setattr(rewards, "END", tokenizer.convert_ids_to_tokens(
         range(len(tokenizer))))
@@ -422,48 +481,30 @@ def test_budgets_follow_the_number_of_views(made, monkeypatch):
         args = actor_grpo.parse_args(["--data", "-", *more.split()])
         prompts = {k: make(SIZES[which], *more.split()) for k, which in ((0, 1), (2, 0))}
         assert [prompt.longest for prompt in prompts.values()] == wanted
-        groups, logged, _ = actor_grpo.roll_out_groups(model, None, tokenizer, prompts, args, 1)
-        assert all(group.ref is None and not group.A.any() for group in groups)
-        assert all(said["dead_groups"] == 1 for said in logged)
+        groups = actor_grpo.roll_out_groups(model, tokenizer, prompts, args, 1)
+        assert all(group.tokens.shape == (8, 1) and group.ended.all() for group in groups)
         assert asked[-2:] == [(0, 1, 0, 8, wanted[0]), (0, 1, 2, 8, wanted[0])]
 
 
-def test_update(made):
-    """Its gradient is that of the mean loss over all groups; the first policy is the one that
-    sampled, and stays `old` in the updates behind it."""
-    model, _, make = made
-    args = actor_grpo.parse_args("--data - --no-recompute --beta 0.1".split())
-    prompts = [make(SIZES[k]) for k in (0, 2)]
-    groups = [actor_grpo.Group(prompt, None, TOKENS, MASK, normal(G, T, seed=1), A.float(),
-                               normal(G, T, seed=2).float()) for prompt in prompts]
-    optimizer = SimpleNamespace(backward=lambda loss: loss.backward())
-    model.zero_grad()
-    old, statistics = actor_grpo.update(model, groups, None, 3, optimizer, args)
-    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-    model.zero_grad()
-    for group, before, said in zip(groups, old, statistics):
-        log_p = actor_grpo.group_log_probs(model, group.prompt, TOKENS, MASK, 1.0)
-        assert torch.equal(log_p, before) and not before.requires_grad
-        loss, found = actor_grpo.grpo_loss(log_p, before, group.ref, group.A, MASK, 0.2, 0.1)
-        (loss / 3).backward()
-        assert said == {"loss": loss.item() / 3, "gap": float(
-            (before - group.sampled)[MASK].abs().max()), **found}
-    assert torch.equal(gradient, torch.cat([p.grad.flatten() for p in model.parameters()]))
-    earlier = [before - 0.5 for before in old]
-    again, statistics = actor_grpo.update(model, groups, earlier, 3, optimizer, args)
-    assert all(one is other for one, other in zip(again, earlier))
-    assert [said["ratio_max"] for said in statistics] == pytest.approx([math.exp(0.5)] * 2)
-    assert actor_grpo.update(model, [], None, 3, optimizer, args) == ([], [])
+def test_reasoning_in_words_needs_no_poses(made, scenes, tmp_path):
+    shutil.copytree(scenes, tmp_path / "data")
+    for folder in tmp_path.glob("data/*/images/*/pose"):
+        shutil.rmtree(folder)
+    sample, (model, tokenizer, _) = geometry.load_samples(tmp_path / "data")[0], made
+    for reasoning, fits in (("language", True), ("action", False)):
+        args = actor_grpo.parse_args(["--data", "-", "--reasoning", reasoning])
+        with contextlib.nullcontext() if fits else pytest.raises(geometry.DataError):
+            actor_grpo.make_prompt(sample, args, tokenizer, Qwen2VLImageProcessorPil(), model)
 
 
 def test_summary_by_hand():
     score = dict.fromkeys(("action", "answer", "format"), 0.5)
     mean = ("kl", "clip_share", "length", "truncated", "distinct", "dead_groups")
     groups = [{"scores": [score | {"total": x} for x in totals],
-               **dict.fromkeys((*mean, "kl_max", "ratio_max", "gap"), value)}
+               **dict.fromkeys((*mean, "loss", "kl_max", "ratio_max", "gap"), value)}
               for totals, value in (([1.0, 3.0], 1.0), ([2.0, 2.0], 9.0), ([2.0, 2.0], 2.0))]
     assert actor_grpo.summary(groups) == pytest.approx({
-        "reward": 2.0, "reward_spread": math.sqrt(1 / 3), **dict.fromkeys(mean, 4.0),
+        "loss": 12.0, "reward": 2.0, "reward_spread": math.sqrt(1 / 3), **dict.fromkeys(mean, 4.0),
         **{f"reward_{name}": 0.5 for name in score}, "kl_median": 2.0,
         **{f"reward_{name}_spread": 0 for name in score}, "kl_max": 9, "ratio_max": 9, "gap": 9})
 

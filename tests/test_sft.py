@@ -30,7 +30,7 @@ CONTROL = "<|image_pad|><|im_end|><|vision_start|>"
 @pytest.fixture(scope="module")
 def made(tiny_model, scenes):
     """(model, tokenizer, Examples): both forms, two and three images, of different size."""
-    model, tokenizer = actor_sft.load_model(*actor_sft.find_model(str(tiny_model)))
+    _, model, tokenizer = actor_sft.load_model(str(tiny_model))
     torch.manual_seed(0)
     for p in model.parameters():
         p.data += 0.03 * torch.randn_like(p)  # says and sees more than a fresh one
@@ -151,7 +151,7 @@ def test_loss_against_the_plain_model_call(made, tiny_model):
         wanted.append(log_p[example.prompt - 1:])
         assert example.ids[-1] == model.config.text_config.eos_token_id
     torch.cat(wanted).sum().backward()
-    again, _ = actor_sft.load_model(*actor_sft.find_model(str(tiny_model)))
+    _, again, _ = actor_sft.load_model(str(tiny_model))
     again.load_state_dict(model.state_dict())
     for block in (*again.model.visual.blocks, *again.model.language_model.layers):
         actor_sft.recompute_in_backward(block)
@@ -167,7 +167,7 @@ def test_loss_against_the_plain_model_call(made, tiny_model):
 def test_a_cache_that_recomputing_grows_is_noticed(made, tiny_model, monkeypatch):
     """Negative control: with the library's default, use_cache=True, gradients would be far off."""
     model, _, (example, *_) = made
-    again, _ = actor_sft.load_model(*actor_sft.find_model(str(tiny_model)))
+    _, again, _ = actor_sft.load_model(str(tiny_model))
     again.load_state_dict(model.state_dict())
     gradients, forward = [], again.model.forward
     for layer in again.model.language_model.layers:
@@ -199,10 +199,10 @@ def test_greedy_texts(made):
                 break
             written.append(int(logits.argmax()))
         texts.append(tokenizer.decode(written))
-    assert actor_sft.generate_greedily(model, tokenizer, prompts, 12) == texts
+    assert actor_sft.generate_greedily(model, tokenizer, prompts, [12] * len(prompts)) == texts
     before, model.generation_config = model.generation_config, GenerationConfig(
         do_sample=True, repetition_penalty=5.0, temperature=9.0, top_k=3)
-    assert actor_sft.generate_greedily(model, tokenizer, prompts, 12) == texts
+    assert actor_sft.generate_greedily(model, tokenizer, prompts, [12] * len(prompts)) == texts
     model.generation_config = before
     assert len(set(texts)) > 1
 
@@ -212,9 +212,9 @@ def test_a_prompt_whose_logits_are_not_finite(made, value):
     """It has no text; the others of its batch keep theirs."""
     model, tokenizer, examples = made
     prompts = [(e.ids[:e.prompt].tolist(), dict(e.images)) for e in examples]
-    texts = actor_sft.generate_greedily(model, tokenizer, prompts, 4)
+    texts = actor_sft.generate_greedily(model, tokenizer, prompts, [4] * len(prompts))
     prompts[1][1]["pixel_values"] = torch.full_like(prompts[1][1]["pixel_values"], value)
-    assert actor_sft.generate_greedily(model, tokenizer, prompts, 4) == [texts[0], None, texts[2]]
+    assert actor_sft.generate_greedily(model, tokenizer, prompts, [4] * len(prompts)) == [texts[0], None, texts[2]]
     sound, logits = torch.zeros(3, dtype=torch.long), torch.zeros(3, 4)
     logits[0, 1], logits[1, 1] = -value, -math.inf
     for t in range(2):
@@ -227,9 +227,9 @@ def test_an_end_token_ends_a_text(made, monkeypatch):
     prompts = [(example.ids[:example.prompt].tolist(), example.images)]
     with torch.no_grad():
         first = int(model(**library_inputs(model, *prompts[0])).logits[0, -1].argmax())
-    assert actor_sft.generate_greedily(model, tokenizer, prompts, 3) != [""]
+    assert actor_sft.generate_greedily(model, tokenizer, prompts, [3] * len(prompts)) != [""]
     monkeypatch.setattr(rewards, "END", [tokenizer.convert_ids_to_tokens(first)] * 2)
-    assert actor_sft.generate_greedily(model, tokenizer, prompts, 3) == [""]
+    assert actor_sft.generate_greedily(model, tokenizer, prompts, [3] * len(prompts)) == [""]
 
 
 def test_held_out_record_by_hand(made, monkeypatch):
