@@ -16,7 +16,7 @@ Conventions, everywhere in this project
     pixels      integer coordinates are pixel centres: a W pixel wide image spans -0.5 .. W - 0.5,
                 and resizing it by s maps cx to (cx + 0.5) s - 0.5, for x and y separately.
     pose        relative_pose(i, j) is camera j in camera i's frame: it maps points of j to i.
-    cells       patch k of n along an axis covers the fraction [k / n, (k + 1) / n) of it, so image,
+    patches     patch k of n along an axis covers the fraction [k / n, (k + 1) / n) of it, so image,
                 depth and feature map of one view agree although their resolutions differ.
     frames      stand in the names: points_world, cam2world_i.
 
@@ -161,15 +161,16 @@ def correspondence(x, y, n, t=0.05, t_rel=0.05, stride=4):
 
 # ------------------------------------------------------------------- poses and actions, appendix B
 
-# Metres: the camera does not turn towards a target that is nearer, nor move there.
-AIM_MIN = 0.05  # not in the paper: aim of a plan
-# A target this far above or below the level is reached by moving level, then by move_up/down.
-STEEP = math.radians(80)  # not in the paper: aim of a plan
-
 
 def relative_pose(cam2world_i, cam2world_j):
     """Camera j in camera i's frame, (4, 4): translation = where j stands, columns = j's axes."""
     return np.linalg.inv(cam2world_i) @ cam2world_j
+
+
+# Metres: the camera does not turn towards a target that is nearer, nor move there.
+AIM_MIN = 0.05  # not in the paper: aim of a plan
+# A target this far above or below the level is reached by moving level, then by move_up/down.
+STEEP = math.radians(80)  # not in the paper: aim of a plan
 
 
 def actions_from_pose(pose):
@@ -178,24 +179,23 @@ def actions_from_pose(pose):
     pose (4, 4): relative_pose(i, j). Returns one-key dicts, whole degrees and centimetres, zeros
     left out, e.g. [{"turn_right_deg": 30}, {"move_forward_m": 1.4}]. Each turn is about the
     camera's own axes as the actions before it left them. The gaze is planned from the *rounded*
-    aim, so rounding does not add up. Roll about the gaze has no action: see residual_roll. (B.3)
+    aim, so rounding does not add up. Roll about the gaze has no action and is dropped. (B.3)
     """
     x, y, z = pose[:3, 3]
     distance = math.hypot(x, y, z)
     level = math.hypot(x, z)
-    right = up = forward = rise = 0.0
+    right = up = forward = rise = 0
+    if distance >= AIM_MIN and math.atan2(abs(y), level) > STEEP:
+        rise = -y  # what is left to aim at is level with the camera
+        y = 0
+        distance = level
     if distance >= AIM_MIN:
-        steep = math.atan2(abs(y), level) > STEEP
-        if not steep or level >= AIM_MIN:
-            right = round(math.degrees(math.atan2(x, z)))
-        if steep:
-            forward = level if level >= AIM_MIN else 0.0
-            rise = -y
-        else:
-            up = round(math.degrees(math.atan2(-y, level)))
-            forward = distance
+        right = round(math.degrees(math.atan2(x, z)))
+        up = round(math.degrees(math.atan2(-y, level)))
+        forward = distance
     aim = pose_from_actions([{"turn_right_deg": right}, {"turn_up_deg": up}])
-    gaze = aim[:3, :3].T @ pose[:3, 2]  # in the frame that the aim left behind
+    # the gaze in the frame that the aim left behind; the other two axes are not asked
+    gaze = aim[:3, :3].T @ pose[:3, 2]  # not in the paper: roll
     gaze_right = round(math.degrees(math.atan2(gaze[0], gaze[2])))
     gaze_up = round(math.degrees(math.atan2(-gaze[1], math.hypot(gaze[0], gaze[2]))))
 
@@ -212,7 +212,7 @@ def actions_from_pose(pose):
     return actions
 
 
-ACTIONS = {  # atomic action -> what it does, and in which direction (B.3)
+ACTIONS = {  # atomic action -> motion, and its sign (B.3)
     "turn_right_deg": ("turn right", 1), "turn_left_deg": ("turn right", -1),
     "turn_up_deg": ("turn up", 1), "turn_down_deg": ("turn up", -1),
     "move_forward_m": ("move forward", 1), "move_up_m": ("move up", 1),
@@ -221,11 +221,12 @@ ACTIONS = {  # atomic action -> what it does, and in which direction (B.3)
 
 
 def read_actions(actions):
-    """A plan as [(what, signed amount)], what as in ACTIONS, degrees or metres.
+    """A plan as [(motion, signed amount)], motions as in ACTIONS, in degrees or metres.
 
-    Raises ValueError if an action is not a one-key dict of a known name and a finite number.
+    Raises ValueError if an action is not a one-key dict of a known name and a number under 1e300,
+    so that poses of ten million of them and their distances are finite, too.
     """
-    steps = []
+    motions = []
     for action in actions:
         if not isinstance(action, dict) or len(action) != 1:
             raise ValueError(f"an action is a dict with one key, got {action!r:.80}")
@@ -234,9 +235,9 @@ def read_actions(actions):
             raise ValueError(f"unknown action {name!r:.80}")
         if type(amount) not in (int, float) or not abs(amount) < 1e300:  # NaN fails this, too
             raise ValueError(f"{name} needs a finite number")
-        what, sign = ACTIONS[name]
-        steps.append((what, sign * float(amount)))  # not in the paper: read beyond B.3
-    return steps
+        motion, sign = ACTIONS[name]
+        motions.append((motion, sign * float(amount)))  # not in the paper: read beyond B.3
+    return motions
 
 
 def pose_from_actions(actions):
@@ -244,15 +245,15 @@ def pose_from_actions(actions):
     roll. actions: one-key dicts, see ACTIONS. Raises ValueError on anything else (read_actions)."""
     x, y, z = np.eye(3)  # the camera's own axes, and where it is, in the frame it started from
     place = np.zeros(3)
-    for what, amount in read_actions(actions):
-        if what == "move forward":
+    for motion, amount in read_actions(actions):
+        if motion == "move forward":
             place = place + amount * z
-        elif what == "move up":
+        elif motion == "move up":
             place = place - amount * y  # y points down
         else:
             c = math.cos(math.radians(amount))
             s = math.sin(math.radians(amount))
-            if what == "turn right":
+            if motion == "turn right":
                 x, z = c * x - s * z, s * x + c * z
             else:
                 y, z = c * y + s * z, c * z - s * y
@@ -269,13 +270,6 @@ def pose_error(pose_a, pose_b):
     chord = np.linalg.norm(pose_a[..., :3, :3] - pose_b[..., :3, :3], axis=(-2, -1))
     d_r = np.degrees(2 * np.arcsin(np.minimum(chord / math.sqrt(8), 1.0)))
     return d_t, d_r  # Eq. 9
-
-
-def residual_roll(pose):
-    """Signed roll in degrees about the gaze that the plan of actions_from_pose(pose) leaves out."""
-    rest = pose_from_actions(actions_from_pose(pose))[:3, :3].T @ pose[:3, :3]
-    sine = rest[1, 0] - rest[0, 1]
-    return math.degrees(math.atan2(sine, rest[0, 0] + rest[1, 1]))  # not in the paper: roll
 
 
 # ------------------------------------------------------------------------- SPAR-7M-RGBD on disk
@@ -613,7 +607,7 @@ class Walk:
     samples: all of the train split; drawn: indices of those to train on; has_val: whether there is
     a val split. Where there is none, drawn leaves out what is_held_out. The order is a function of
     seed and position alone, so a resumed run goes on where it stopped. What cannot be used is left
-    out, and kept, in order, in `skipped`; the first twenty are named.
+    out, and why is kept in `skipped`, of this process; the first twenty are named.
     """
 
     def __init__(self, root, count, seed, tasks=MULTI_VIEW_TASKS):
@@ -757,6 +751,9 @@ class Room:
     poses: list  # five cam2world, see place_cameras
 
 
+SHADES = ((130, 245), (70, 120), (205, 235))  # of the four walls, of floor, of ceiling
+
+
 def make_room(rng):
     """A random room of 4-7 m: two pictures on each wall, up to nine blocks, some hanging."""
     size = rng.uniform((4, 4, 2.5), (7, 7, 3.1))
@@ -802,9 +799,6 @@ def make_room(rng):
     waves[::2, 1] = 0
     names, centre, half, rgb = zip(*boxes)
     return Room(names, np.array(centre), np.array(half), np.array(rgb), waves, poses)
-
-
-SHADES = ((130, 245), (70, 120), (205, 235))  # of the four walls, of floor, of ceiling
 
 
 def place_cameras(size, rng):

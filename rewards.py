@@ -1,5 +1,6 @@
-"""The model's output text: how it is asked for, written, read and scored (section 3.4, appendix C).
+"""The model's text: how it is asked, written, read and scored (section 3.4, appendices B and C).
 
+    3.4     what a model reads before its response       encode_prompt
     Eq. 6   <action> A </action><answer> a </answer>     write_response, parse_response
     Eq. 7   A: a plan for every pair of views            required_pairs
     Eq. 8   R = l1 R_act + l2 R_ans + l3 R_fmt           total_reward
@@ -41,17 +42,23 @@ END = ["<|im_end|>", "<|endoftext|>"]  # end a turn; end a text, as a base model
 
 
 def encode_prompt(tokenizer, processor, pictures, text, name):
-    """What the model reads before its response: token ids, and the encoder's input for the images.
+    """What the model reads before its response: (token ids, the image encoder's input as a dict).
 
-    Qwen's ChatML, images first, equal to the published chat template. Control tokens are put in by
-    their ids, all else is tokenised as text, whatever it holds. DataError, with the sample's name,
-    for what image processor or tokenizer refuse.
+        <|im_start|>system
+        You are a helpful assistant.<|im_end|>
+        <|im_start|>user
+        <|vision_start|><|image_pad|>...<|vision_end|>TEXT<|im_end|>    (vision: once a picture)
+        <|im_start|>assistant
+
+    This equals Qwen's published chat template. Control tokens are put in by their ids, all else is
+    tokenised as text, whatever it holds. Raises DataError, with the sample's name, for what image
+    processor or tokenizer refuse.
     """
     try:
         images = processor(images=pictures, return_tensors="pt")
         system = tokenizer("system\nYou are a helpful assistant.")["input_ids"]
         user = tokenizer("user\n")["input_ids"]
-        text = tokenizer(text)["input_ids"]
+        question = tokenizer(text)["input_ids"]
         assistant = tokenizer("assistant\n")["input_ids"]
         newline = tokenizer("\n")["input_ids"]
     except (ValueError, TypeError) as error:
@@ -60,10 +67,10 @@ def encode_prompt(tokenizer, processor, pictures, text, name):
         "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"])
     im_start, im_end, vision_start, vision_end, image_pad = control
     ids = [im_start, *system, im_end, *newline, im_start, *user]
-    for _, h, w in images["image_grid_thw"].tolist():  # h, w in patches
-        tokens = h * w // processor.merge_size**2  # the encoder merges that many patches into one
+    for _, h, w in images["image_grid_thw"].tolist():  # in squares of 14 x 14 pixels
+        tokens = h * w // processor.merge_size**2  # the encoder merges that many squares into one
         ids += [vision_start] + [image_pad] * tokens + [vision_end]
-    return [*ids, *text, im_end, *newline, im_start, *assistant], dict(images)
+    return [*ids, *question, im_end, *newline, im_start, *assistant], dict(images)
 
 
 # -------------------------------------------------------------------- writing and reading, B.2
@@ -145,16 +152,24 @@ def _no_repeated_key(pairs):
 
 # ------------------------------------------------------------------ C.2, action accuracy reward
 
+TAU_T = 1.0  # metres  # not in the paper: scales of R_act
+TAU_R = 30.0  # degrees
 
-def action_reward(text, gold_actions, tau_t=1.0, tau_r=30.0):  # not in the paper: scales of R_act
+
+def action_reward(text, gold_actions, tau_t=TAU_T, tau_r=TAU_R):
     """R_act in [0, 1]: how close the written plans come to the gold poses, mean over all pairs.
 
     gold_actions {(i, j): plan}, the required pairs; tau_t metres, tau_r degrees. A pair without a
     plan scores 0.
     """
     # "we first parse both as JSON. If parsing fails, R_act-acc is set to 0."
-    actions = parse_response(text).actions
-    if actions is None or not gold_actions:
+    actions = parse_response(text).actions or {}
+    return _mean_similarity(actions, gold_actions, tau_t, tau_r)
+
+
+def _mean_similarity(actions, gold_actions, tau_t, tau_r):
+    """R_act of actions {(i, j): plan}; pairs that the gold lacks do not count."""
+    if not gold_actions:
         return 0.0
     # "Each action list is converted into a relative camera pose (R, t) by composing the rotations
     # and translations specified by the plan."
@@ -167,31 +182,30 @@ def action_reward(text, gold_actions, tau_t=1.0, tau_r=30.0):  # not in the pape
     return total / len(gold_actions)  # not in the paper: several pairs
 
 
-def _similarity(pose, gold, tau_t, tau_r):
-    """How close poses (..., 4, 4) come to gold poses, in [0, 1]; 0 where they are not finite."""
-    with np.errstate(all="ignore"):  # steps of 1e299 metres are finite, their square is not
-        d_t, d_r = geometry.pose_error(pose, gold)
-        similarity = np.exp(-d_t / tau_t) * np.exp(-d_r / tau_r)  # Eq. 10
-        # "Optionally, degenerate "stop-like" predicted plans are penalized by setting
-        # R_act-acc = 0." A plan is stop-like if it moves by less than a tenth of the gold's way,
-        # turns by less than a tenth of its angle (or by less than rounding leaves), and the gold
-        # does move or turn.
-        moved, turned = geometry.pose_error(pose, np.eye(4))
-        gold_moved, gold_turned = geometry.pose_error(gold, np.eye(4))
-        stays = moved < np.maximum(0.1 * gold_moved, ROUNDING_M)
-        looks_on = turned < np.maximum(0.1 * gold_turned, ROUNDING_DEG)
-    gold_goes = (gold_moved > ROUNDING_M) | (gold_turned > ROUNDING_DEG)
-    stops = stays & looks_on & gold_goes  # not in the paper: stop-like plans
-    return np.where(stops, 0.0, np.nan_to_num(similarity))
-
-
 ROUNDING_M = 0.01  # plans are rounded to this: a smaller move or turn counts as none
 ROUNDING_DEG = 1.0
 
 
+def _similarity(pose, gold, tau_t, tau_r):
+    """How close poses (..., 4, 4) come to gold poses (..., 4, 4): (...) in [0, 1]."""
+    d_t, d_r = geometry.pose_error(pose, gold)
+    similarity = np.exp(-d_t / tau_t) * np.exp(-d_r / tau_r)  # Eq. 10
+    # "Optionally, degenerate "stop-like" predicted plans are penalized by setting R_act-acc = 0."
+    # A plan is stop-like if it moves by less than a tenth of the gold's way, turns by less than a
+    # tenth of its angle (or by less than rounding leaves), and the gold does move or turn.
+    moved, turned = geometry.pose_error(pose, np.eye(4))
+    gold_moved, gold_turned = geometry.pose_error(gold, np.eye(4))
+    stays = moved < np.maximum(0.1 * gold_moved, ROUNDING_M)
+    looks_on = turned < np.maximum(0.1 * gold_turned, ROUNDING_DEG)
+    gold_goes = (gold_moved > ROUNDING_M) | (gold_turned > ROUNDING_DEG)
+    stops = stays & looks_on & gold_goes  # not in the paper: stop-like plans
+    return np.where(stops, 0.0, similarity)
+
+
 # ------------------------------------------------------------------ C.3, answer accuracy reward
 
-NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+# In characters; the longest gold, a view_change_infer, has 80.
+LONGEST_ANSWER = 1000  # not in the paper: longest texts
 
 
 def answer_reward(prediction, gold, task, kind):
@@ -227,16 +241,24 @@ def _metric_of(task, kind):
     return None
 
 
-# In characters; the longest gold, a view_change_infer, has 80.
-LONGEST_ANSWER = 1000  # not in the paper: longest texts
-
-
 def selection(prediction, gold):
     """ "For multiple-choice questions, we use an exact-match criterion with a permissive
     first-character rule, allowing predictions such as "C. ..." to match the gold answer "C"." """
     prediction = prediction.lower()  # not in the paper: matching
     gold = gold.lower()
     return prediction == gold or prediction[0] == gold
+
+
+def exact(prediction, gold):
+    return prediction.lower() == gold.lower()
+
+
+NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+
+
+def _numbers(text):
+    """All numbers in a text, however they are bracketed."""
+    return [float(number) for number in NUMBER.findall(text)]
 
 
 def numeric(prediction, gold):
@@ -248,15 +270,15 @@ def numeric(prediction, gold):
     return mean_relative_accuracy(p[0], g[0]) if len(p) == len(g) == 1 else 0.0
 
 
+THRESHOLDS = np.linspace(0.5, 0.95, 10)
+
+
 def mean_relative_accuracy(p, g):
     """ "MRA evaluates whether the relative error falls within a set of increasing tolerance
     intervals and averages the resulting binary accuracies." Ten of them, as the benchmark's own
     code has."""
     error = abs(p - g) / abs(g) if g else abs(p - g)  # not in the paper: gold 0
     return float(np.mean(error <= 1 - THRESHOLDS))  # False for NaN and inf
-
-
-THRESHOLDS = np.linspace(0.5, 0.95, 10)
 
 
 def position_matching(prediction, gold):
@@ -336,6 +358,9 @@ def _motion(text):
     return {axis: amounts.get(axis[0], 0.0) - amounts.get(axis[1], 0.0) for axis in AXES}
 
 
+TURN = re.compile(r"(left|right) ([0-9]{1,3})")
+
+
 def camera_turn(prediction, gold):
     """Actial's viewpoint question, "right 20": 0 for the wrong way, else MRA of the degrees."""
     p = TURN.fullmatch(prediction.lower())
@@ -343,18 +368,6 @@ def camera_turn(prediction, gold):
     if not p or not g or p[1] != g[1]:
         return 0.0
     return mean_relative_accuracy(float(p[2]), float(g[2]))
-
-
-TURN = re.compile(r"(left|right) ([0-9]{1,3})")
-
-
-def exact(prediction, gold):
-    return prediction.lower() == gold.lower()
-
-
-def _numbers(text):
-    """All numbers in a text, however they are bracketed."""
-    return [float(number) for number in NUMBER.findall(text)]
 
 
 METRICS = {  # of the fill questions, by how their task begins; select is always `selection`
@@ -394,7 +407,8 @@ def format_reward(text, views, block="action"):
 
 
 class Gold(NamedTuple):
-    """What a response is compared with. actions: {(i, j): plan} for every pair of views."""
+    """What a response is compared with. actions: {(i, j): plan} for every pair of views, or {}
+    where plans are not scored; task and kind: as in answer_reward."""
 
     actions: dict
     answer: str
@@ -422,28 +436,10 @@ def gold_of(sample, plans=True):
     return Gold(actions, sample.answer, sample.task, sample.kind, views)
 
 
-def only_turns(actions):
-    """Whether no plan of {(i, j): plan} moves the camera from where it stands."""
-    return not any("move" in name for plan in actions.values() for step in plan for name in step)
-
-
-def constant_plan(golds):
-    """(R_act, plan): which of the golds' plans scores best if it is written for every pair.
-
-    golds: [{(i, j): plan}, ...]. A model that knows this plan and looks at no image scores R_act.
-    """
-    plans = [plan for gold in golds for plan in gold.values()]
-    poses = np.stack([geometry.pose_from_actions(plan) for plan in plans])
-    # R_act is a mean over a sample's pairs, so each of k pairs weighs 1 / k
-    share = np.array([1 / len(gold) for gold in golds for _ in gold])
-    R_act = [np.average(_similarity(pose, poses, 1.0, 30.0), weights=share) for pose in poses]
-    return float(max(R_act)), plans[int(np.argmax(R_act))]
-
-
 WEIGHTS = (1.0, 1.0, 1.0)  # Eq. 12
 
 
-def total_reward(text, gold, weights=WEIGHTS, tau_t=1.0, tau_r=30.0, block="action"):
+def total_reward(text, gold, weights=WEIGHTS, tau_t=TAU_T, tau_r=TAU_R, block="action"):
     """R and its parts: {"total", "action", "answer", "format"}. gold: Gold.
 
     With block "think" there are no actions to reward.
@@ -455,3 +451,30 @@ def total_reward(text, gold, weights=WEIGHTS, tau_t=1.0, tau_r=30.0, block="acti
     R_fmt = format_reward(text, gold.views, block)
     R = weights[0] * R_act + weights[1] * R_ans + weights[2] * R_fmt  # Eq. 8
     return {"total": R, "action": R_act, "answer": R_ans, "format": R_fmt}
+
+
+# -------------------------------------------------------------------- what R_act is compared with
+
+
+def only_turns(actions):
+    """Whether no plan of {(i, j): plan} moves the camera from where it stands."""
+    names = {name for plan in actions.values() for action in plan for name in action}
+    return not any("move" in name for name in names)
+
+
+def constant_plan(golds):
+    """(R_act, plan): which of the golds' plans scores best if it is written for every pair.
+
+    golds: [{(i, j): plan}, ...]. A model that knows this plan and looks at no image scores R_act.
+    """
+    plans = [plan for gold in golds for plan in gold.values()]
+    poses = np.stack([geometry.pose_from_actions(plan) for plan in plans])
+    # R_act is a mean over a sample's pairs, so each of k pairs weighs 1 / k
+    share = np.array([1 / len(gold) for gold in golds for _ in gold])
+    R_act = [np.average(_similarity(pose, poses, TAU_T, TAU_R), weights=share) for pose in poses]
+    return float(max(R_act)), plans[int(np.argmax(R_act))]
+
+
+def plan_scores(plan, golds):
+    """[R_act] of a text that has this plan for every pair, for each of golds, [{(i, j): plan}]."""
+    return [_mean_similarity(dict.fromkeys(gold, plan), gold, TAU_T, TAU_R) for gold in golds]

@@ -1,5 +1,7 @@
 """rewards.py: appendix C case by case, the protocol, recorded official scores, hostile text."""
 
+import dataclasses
+import itertools
 import json
 import math
 import random
@@ -127,6 +129,19 @@ def test_reasoning_in_words():
     assert rewards.total_reward(moves, GOLD, block="think")["total"] == 2.0
 
 
+def test_words_need_no_poses(rooms, tmp_path):
+    """Reasoning in words is asked for and scored on a tree that has no poses."""
+    sample = geometry.load_samples(rooms, tasks=("depth_prediction_oc_mv",))[0]
+    sample = dataclasses.replace(sample, images=[tmp_path / path.name for path in sample.images])
+    gold = rewards.gold_of(sample, plans=False)
+    assert gold.actions == {} and gold.views == 2
+    text = WORDS.replace("1.5", sample.answer)
+    assert rewards.total_reward(text, gold, block="think") == {
+        "total": 2.0, "action": 0.0, "answer": 1.0, "format": 1.0}
+    with pytest.raises(geometry.DataError, match="pose/.*txt: cannot be read"):
+        rewards.gold_of(sample)
+
+
 # --- C.2
 
 AHEAD, TENTH = [{"move_forward_m": 2}], [{"move_forward_m": 0.1}]
@@ -148,12 +163,45 @@ BACK = [{"turn_left_deg": 20}, {"turn_right_deg": 20}]
     ([{"move_forward_m": 0.19}], AHEAD, (), 0),
     ([{"move_forward_m": 0.21}], AHEAD, (), math.exp(-1.79)),
     ([{"turn_left_deg": 3}, {"move_forward_m": 0.1}], FAR, (), 0),
-    ([{"turn_left_deg": 40}], FAR, (), math.exp(-2)),
-    # finite steps lead to a place whose distance is not
-    ([{"move_forward_m": -1e299}, {"turn_left_deg": 1e299}] * 3, TENTH, (), 0)])
+    ([{"turn_left_deg": 40}], FAR, (), math.exp(-2))])
 def test_eq_10_by_hand(plan, gold, taus, wanted):
     text = rewards.write_response({(0, 1): plan}, "A")
     assert abs(rewards.action_reward(text, {(0, 1): gold}, *taus) - wanted) < 1e-9
+
+
+def longest_text(*actions):
+    """A text of two views whose action block, these actions again and again, is as long as may be,
+    and what the parser makes of it."""
+    head = '[{"from":0,"to":1,"action":['
+    inside = ""
+    for action in itertools.cycle(actions):
+        if len(head + inside + action) + 3 > rewards.LONGEST_PLAN:
+            break
+        inside += action + ","
+    text = f"<action>{head}{inside[:-1]}]}}]</action><answer>1.5</answer>"
+    return text, rewards.parse_response(text).actions
+
+
+@pytest.mark.parametrize("actions, mirrored, wanted", [
+    (['{"move_up_m":%s}'], 0, 0), (['{"move_up_m":%s}', '{"move_up_m":-%s}'], 1, 1),
+    (['{"move_up_m":%s}', '{"move_forward_m":%s}'], 0, 0),
+    (['{"move_up_m":%s}', '{"turn_up_deg":%s}'], 0, 0), (['{"turn_left_deg":%s}'], None, None),
+    (['{"move_up_m":%s}', '{"turn_right_deg":-%s}', '{"move_forward_m":-%s}'], 0, 0)])
+def test_the_longest_plan_of_the_largest_amounts(actions, mirrored, wanted):
+    """What the parser lets through leads to finite poses and distances: no overflow, no NaN. It is
+    compared with itself, with a plan that stays, with one that moves, and with its mirror image."""
+    text, plans = longest_text(*(action.replace("%s", "9e299") for action in actions))
+    assert len(plans[0, 1]) > 4000
+    assert longest_text(*(action.replace("%s", "1e300") for action in actions))[1] is None
+    mirror = [{name: -amount for name, amount in action.items()} for action in plans[0, 1]]
+    with warnings.catch_warnings(), np.errstate(over="raise", invalid="raise", divide="raise"):
+        warnings.simplefilter("error")
+        for gold, score in ((plans[0, 1], 1), ([], wanted), (AHEAD, 0), (mirror, mirrored)):
+            gold = GOLD._replace(actions={(0, 1): gold}, views=2)
+            parts = rewards.total_reward(text, gold, tau_t=0.001)
+            assert parts["format"] == 1 and 0 <= parts["action"] <= 1
+            if score is not None:
+                assert abs(parts["action"] - score) < 1e-9
 
 
 def test_means_and_weights():
@@ -175,6 +223,23 @@ def test_constant_plan():
         score, plan = rewards.constant_plan(golds)
         assert plan == turn and abs(score - (2 + math.exp(-2 - 1)) / 3) < 1e-9
     assert rewards.only_turns({(0, 1): turn, (0, 2): []}) and not rewards.only_turns(golds[0])
+
+
+def test_scores_of_a_plan_are_those_of_its_text():
+    """To the last bit, though nothing is written and read; one view has no pair to score."""
+    rng = np.random.default_rng(0)
+    golds = [{}]
+    for views in np.repeat([2, 3, 4], 10):
+        places = rng.uniform((0, 0, 0, -4, -1), (5, 5, 3, 4, 1), (views, 5))
+        golds.append(rewards.gold_plans([geometry.look(place[:3], *place[3:]) for place in places]))
+    best, plan = rewards.constant_plan(golds)
+    scores = rewards.plan_scores(plan, golds)
+    texts = [rewards.write_response(dict.fromkeys(gold, plan), "-") for gold in golds]
+    assert scores == [rewards.action_reward(text, gold) for text, gold in zip(texts, golds)]
+    assert scores[0] == 0 and abs(np.mean(scores[1:]) - best) < 1e-12
+    others = [np.mean(rewards.plan_scores(other, golds[1:])) for gold in golds
+              for other in gold.values()]
+    assert abs(max(others) - best) < 1e-12 < np.ptp(others)
 
 
 # --- C.3
