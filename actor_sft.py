@@ -222,12 +222,12 @@ def main(argv=None):
     rank, world, device, dtype = start_processes(args.precision)
     say = partial(print, flush=True) if rank == 0 else lambda *_, **__: None
     out = Path(args.out)
+    source, model, tokenizer = load_model(args.model)
 
     # samples to train on, in the order of --seed, and others to look at
     walk = geometry.Walk(args.data, args.samples, args.seed, args.tasks)
     args.steps = args.steps or max(1, len(walk.drawn) // args.batch)  # not in the paper: epochs
     args.save_every = args.save_every or max(1, args.steps // 4)
-    source, model, tokenizer = load_model(args.model)
     identity, state = begin(args, dtype, walk, source)
     start = state["step"] if state else 0
     say(f"data    {args.data}: {len(walk.drawn):,} of {len(walk.samples):,} multi-image samples, "

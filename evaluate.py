@@ -589,7 +589,7 @@ def score_run(bench, name, mode, records, convention="hatch"):
     constants = {}
     for label, those in golds.items():
         _, plan = rewards.constant_plan(those)
-        constants[label] = plan_scores(plan, those)
+        constants[label] = rewards.plan_scores(plan, those)
     if bench == "rooms":
         for task in sorted(scores.keys() - FORM):
             same = [record["item"].gold for record in records if record["item"].task == task]
@@ -627,19 +627,6 @@ def score_record(bench, mode, record):
         record["R_act"] = found["R_act"]
         record["walks"] = "R_act, walks" in plans
     return found, plans
-
-
-def plan_scores(plan, golds):
-    """[R_act] for each of golds [{pair: plan}], if `plan` is written for all of its pairs."""
-    pose = geometry.pose_from_actions(plan)
-    scores = []
-    for gold in golds:
-        total = 0.0
-        for gold_plan in gold.values():
-            gold_pose = geometry.pose_from_actions(gold_plan)
-            total += float(rewards._similarity(pose, gold_pose, 1.0, 30.0))
-        scores.append(total / len(gold))
-    return scores
 
 
 def constant_answer(bench, task, golds):

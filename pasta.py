@@ -272,12 +272,12 @@ def main(argv=None):
             make_demo_model(Path("out/demo/model"), args.data, args.seed)
         gather([])  # the others read what the first process wrote
     out = Path(args.out)
+    source, model, _ = load_model(args.model)
 
     # samples to train on, in the order of --seed, and pairs to look at
     walk = geometry.Walk(args.data, args.samples, args.seed)
     args.steps = args.steps or max(1, len(walk.drawn) // args.batch)  # not in the paper: epochs
     args.save_every = args.save_every or max(1, args.steps // 4)
-    source, model, _ = load_model(args.model)
     identity, state = begin(args, dtype, walk, source)
     start = state["step"] if state else 0
     say(f"data    {args.data}: {len(walk.drawn):,} of {len(walk.samples):,} multi-image samples, "
@@ -854,6 +854,17 @@ def catch_signals():
 # ------------------------------------------------------------------------------ the demo's model
 
 
+# Qwen's ChatML: for one turn about images, what rewards.encode_prompt writes
+CHAT_TEMPLATE = """{% if messages[0].role != 'system' %}<|im_start|>system
+You are a helpful assistant.<|im_end|>
+{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
+{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}
+{%- if part.type == 'text' %}{{ part.text }}{% else %}<|vision_start|><|image_pad|><|vision_end|>
+{%- endif %}{% endfor %}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
 def make_demo_model(path, data, seed):
     """Write a tiny Qwen2.5-VL and a tokenizer trained on the texts of `data` to `path`, once.
 
@@ -876,6 +887,7 @@ def make_demo_model(path, data, seed):
                "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
     tokenizer = transformers.Qwen2Tokenizer().train_new_from_iterator(
         texts, 1200, new_special_tokens=special, show_progress=False)
+    tokenizer.chat_template = CHAT_TEMPLATE
     ids = dict(zip(special, tokenizer.convert_tokens_to_ids(special)))
     config = Qwen2_5_VLConfig(
         text_config={
@@ -904,6 +916,7 @@ def make_demo_model(path, data, seed):
     shutil.rmtree(path, ignore_errors=True)
     for part in (model, tokenizer, Qwen2VLImageProcessorPil()):
         part.save_pretrained(path)
+    shutil.copymode(path / "config.json", path / "model.safetensors")  # for all to read
     stamp.write_text(made_of)
 
 

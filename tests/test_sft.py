@@ -57,23 +57,45 @@ def library_inputs(model, ids, images):
 # --- what is asked and taught
 
 
-@pytest.mark.parametrize("sizes", [[(56, 84)], [(112, 112), (84, 56)], [(56, 56)] * 3])
-def test_prompt_equals_the_published_chat_template(shared, sizes):
-    tokenizer = AutoTokenizer.from_pretrained(shared / "qwen_tokenizer", split_special_tokens=True)
-    plain = AutoTokenizer.from_pretrained(shared / "qwen_tokenizer")
-    template = json.loads((shared / "qwen_tokenizer/chat_template.json").read_text())
-    text = f"How far is it?\n{rewards.ACTION_INSTRUCTION}"
+def template_ids(path, sizes, text, **template):
+    """Ids of a question about pictures of these sizes by the chat template of a model directory."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
     message = {"role": "user", "content": [{"type": "image"}] * len(sizes) + [
         {"type": "text", "text": text}]}
-    wanted = plain.apply_chat_template([message], tokenize=False, add_generation_prompt=True,
-                                       chat_template=template["chat_template"])
+    wanted = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True,
+                                           **template)
     for w, h in sizes:
         wanted = wanted.replace("<|image_pad|>", "#" * (w * h // 784), 1)
+    return tokenizer(wanted.replace("#", "<|image_pad|>"))["input_ids"]
+
+
+SIZES = pytest.mark.parametrize("sizes", [[(56, 84)], [(112, 112), (84, 56)], [(56, 56)] * 3])
+TEXT = f"How far is it?\n{rewards.ACTION_INSTRUCTION}"
+
+
+@SIZES
+def test_prompt_equals_the_published_chat_template(shared, sizes):
+    path = shared / "qwen_tokenizer"
+    tokenizer = AutoTokenizer.from_pretrained(path, split_special_tokens=True)
+    template = json.loads((path / "chat_template.json").read_text())
     ids, images = rewards.encode_prompt(
-        tokenizer, PROCESSOR, [Image.new("RGB", size) for size in sizes], text, "a")
-    assert ids == plain(wanted.replace("#", "<|image_pad|>"))["input_ids"]
+        tokenizer, PROCESSOR, [Image.new("RGB", size) for size in sizes], TEXT, "a")
+    assert ids == template_ids(path, sizes, TEXT, **template)
     assert images["image_grid_thw"].tolist() == [[1, h // 14, w // 14] for w, h in sizes]
     assert tokenizer.convert_tokens_to_ids(rewards.END) == [151645, 151643]
+
+
+@SIZES
+def test_prompt_equals_the_demo_models_chat_template(made, tiny_model, sizes):
+    """And that of a text alone, with a system message of its own, is what Qwen's would be."""
+    ids, _ = rewards.encode_prompt(
+        made[1], PROCESSOR, [Image.new("RGB", size) for size in sizes], TEXT, "a")
+    assert ids == template_ids(tiny_model, sizes, TEXT)
+    turns = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"},
+             {"role": "assistant", "content": "A"}]
+    assert AutoTokenizer.from_pretrained(tiny_model).apply_chat_template(turns, tokenize=False) == (
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n"
+        "<|im_start|>assistant\nA<|im_end|>\n")
 
 
 def test_control_tokens_in_a_text_are_text(made):
@@ -214,7 +236,8 @@ def test_a_prompt_whose_logits_are_not_finite(made, value):
     prompts = [(e.ids[:e.prompt].tolist(), dict(e.images)) for e in examples]
     texts = actor_sft.generate_greedily(model, tokenizer, prompts, [4] * len(prompts))
     prompts[1][1]["pixel_values"] = torch.full_like(prompts[1][1]["pixel_values"], value)
-    assert actor_sft.generate_greedily(model, tokenizer, prompts, [4] * len(prompts)) == [texts[0], None, texts[2]]
+    again = actor_sft.generate_greedily(model, tokenizer, prompts, [4] * len(prompts))
+    assert again == [texts[0], None, texts[2]]
     sound, logits = torch.zeros(3, dtype=torch.long), torch.zeros(3, 4)
     logits[0, 1], logits[1, 1] = -value, -math.inf
     for t in range(2):
@@ -247,7 +270,7 @@ def test_held_out_record_by_hand(made, monkeypatch):
     log_p = torch.cat([actor_sft.response_log_probs(model, e) for e in pairs])
     assert abs(record.pop("heldout_loss") + float(log_p.detach().mean())) < 1e-5
     assert written[1] == "nonsense"
-    assert times == [16 + 2 * len(examples[0].ids[examples[0].prompt:])] * 2
+    assert times == [[16 + 2 * len(examples[0].ids[examples[0].prompt:])]] * 2
     assert record == {"format": 0.5, "action": 0.5, "action_turns": 1.0, "answer": 0.5}
     blind = actor_sft.constants(pairs)
     assert blind["action_turns_constant"] == 1.0 and 0.5 < blind["action_constant"] < 0.7
