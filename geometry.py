@@ -112,11 +112,11 @@ def directional_overlap(x, y, n, t=0.05, t_rel=0.05, stride=4):
     """
     for H, W in (x.depth.shape, y.depth.shape):
         if not 1 <= n <= min(H, W):
-            raise ValueError(f"cannot cut a view of {W}x{H} pixels into {n}x{n} cells: use a "
-                             "smaller --grid or larger images")
+            raise ValueError(f"cannot cut a view of {W}x{H} pixels into {n}x{n} patches: use "
+                             "a smaller --grid or larger images")
     H, W = x.depth.shape
     P = n * n
-    stride = max(1, min(stride, H // (2 * n), W // (2 * n)))  # two or more samples a cell and axis
+    stride = max(1, min(stride, H // (2 * n), W // (2 * n)))  # two or more pixels a patch and axis
     first = stride // 2  # not in the paper: pixel stride
     K = x.K.copy()  # intrinsics of the image that keeps every stride-th pixel
     K[:2, 2] -= first

@@ -57,8 +57,8 @@ def naive_overlap(x, y, n, every, t=0.05, t_rel=0.05):
 @pytest.mark.parametrize("n, stride, given", [
     (1, 4, {}), (4, 4, {"t": 0.2, "t_rel": 0.01}), (7, 2, {"t_rel": 0.02}), (16, 1, {})])
 def test_overlap_against_naive_loop(n, stride, given):
-    """Views of two sizes of a bumpy wall, with holes. The stride, 4 if not given, leaves a cell and
-    axis two samples where there are as many pixels."""
+    """Views of two sizes of a bumpy wall, with holes. The stride, 4 if not given, leaves a patch
+    and axis two pixels where there are as many pixels."""
     rng, views, M = np.random.default_rng(n), [], []
     for pose, (H, W) in ((np.eye(4), (36, 48)), (at((0.4, -0.1, 0.2), -12), (40, 32))):
         depth = 3 + 0.1 * rng.normal(size=(H, W))
@@ -91,7 +91,7 @@ def test_overlap_by_hand():
         assert (M[0].sum() > 0) == kept and np.allclose(M[1:].sum(-1), 1)
     for x, y in ((view(np.ones((4, 9))), view(1.0)), (view(1.0), view(np.ones((9, 4))))):
         geometry.directional_overlap(x, y, 4)
-        with pytest.raises(ValueError, match="into 5x5 cells: use a smaller --grid"):
+        with pytest.raises(ValueError, match="into 5x5 patches: use a smaller --grid"):
             geometry.directional_overlap(x, y, 5)
 
 
@@ -181,8 +181,8 @@ def annotate(root, lines, split="train", task="view_change_infer", kind="fill", 
     return path
 
 
-def turns(**said):
-    return [{"from": who, "value": text} for who, text in said.items()]
+def turns(**texts):
+    return [{"from": who, "value": text} for who, text in texts.items()]
 
 
 def write_tree(root, image=(64, 48), depth=(64, 48), K="60 0 31.5 0 60 23.5 0 0 1",
@@ -240,9 +240,9 @@ def test_which_grid_intrinsics_belong_to(tmp_path, image, depth, K, wanted):
 
 def encoded(pixels, mode=None, file="PNG", **save):
     """The bytes of a picture file."""
-    said = io.BytesIO()
-    Image.fromarray(pixels, mode).save(said, file, **save)
-    return said.getvalue()
+    written = io.BytesIO()
+    Image.fromarray(pixels, mode).save(written, file, **save)
+    return written.getvalue()
 
 
 def test_frames_that_cannot_be_used(tmp_path):
