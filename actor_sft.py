@@ -306,7 +306,9 @@ def main(argv=None):
             break
 
     if optimizer.t == 0 or len(missed) == 25:
-        raise no_update(missed, walk)
+        raise geometry.DataError(
+            f"{len(missed)} steps in a row changed no weight, the last: {', '.join(missed[-1:])}"
+            f"{walk.first_problem()}; look at the samples named above, or lower --lr")
     problems = len(set(gather([*walk.skipped])))
     if rank == 0:
         save_model(model, source, out, optimizer)
@@ -621,10 +623,7 @@ def gather(items):
 
 def load_model(name):
     """The directory of model `name`, a path or an id on the hub; the model, on the CPU; tokenizer.
-
-    The model is fp32 unless all tensors of its files are of one 16-bit dtype. DataError if it is
-    not a complete Qwen2.5-VL with 16- or 32-bit weights.
-    """
+    The model is fp32 unless all tensors of its files are of one 16-bit dtype."""
     path = Path(name)
     if name in MADE_BY and not (path / "config.json").exists():
         raise geometry.DataError(f"{name}: not there yet; run `{MADE_BY[name]}` first")
@@ -705,18 +704,18 @@ def memory_line(model, copies, args, dtype, device):
     weights = copies * sum(p.numel() for p in model.parameters()) * dtype.itemsize
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     home = "cpu" if args.offload else device.type
-    # fp32 gradient and two moments, and a master where it is not the weight
-    state = trained * (12 if dtype == torch.float32 and home == device.type else 16)
+    own_master = dtype == torch.float32 and home == device.type
+    state = trained * (12 if own_master else 16)  # gradient, two moments, and a master, in fp32
     return (f"memory  weights {weights / 2**30:.1f} GiB on {device.type}, masters, gradients and "
             f"moments {state / 2**30:.1f} GiB on {home}; activations come on top")
 
 
 def begin(args, dtype, walk, source):
     """Make --out. Returns the run's identity, which every checkpoint holds, and the checkpoint to
-    --resume from, None for a new run. DataError if --out holds another run that has not ended.
+    --resume from, its tensors still in the file; None for a new run.
 
     The identity is all that numbers depend on: script, arguments, and checksums of data and start
-    model, which are read whole: a run resumed on others would be wrong without a word.
+    model: a run resumed on others would be wrong without a word. DataError if --out does not fit.
     """
     out = Path(args.out)
     if out.resolve() == source.resolve():
@@ -727,7 +726,14 @@ def begin(args, dtype, walk, source):
                 "model": geometry.fingerprint(weight_files(source))}
     for name in ("resume", "out", "steps", "save_every", "offload", "no_recompute", "workers"):
         identity.pop(name, None)
-    state = read_checkpoint(out / "checkpoint.pt")
+    path = out / "checkpoint.pt"
+    state = None
+    if path.exists():
+        try:
+            state = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+        except (RuntimeError, pickle.UnpicklingError) as error:
+            raise geometry.DataError(f"{path}: cannot be read; remove it to start over "
+                                     f"({str(error).splitlines()[0]})") from None
     if not args.resume:
         if state and state["step"] < state["steps"]:
             raise geometry.DataError(
@@ -743,18 +749,6 @@ def begin(args, dtype, walk, source):
             raise geometry.DataError(f"--out {out} was begun with {name} {was}, not {value}: only "
                                      "the same command with --resume goes on")
     return identity, state
-
-
-def read_checkpoint(path):
-    """What save_checkpoint wrote, its tensors still in the file; None if there is none."""
-    try:
-        return torch.load(path, mmap=True, weights_only=True, map_location="cpu")
-    except FileNotFoundError:
-        return None
-    except (RuntimeError, pickle.UnpicklingError) as error:
-        why = str(error).splitlines()[0]
-        raise geometry.DataError(f"{path}: cannot be read as a checkpoint ({why}); remove it to "
-                                 "start over") from None
 
 
 def save_checkpoint(out, identity, step, steps, optimizer):
@@ -800,18 +794,9 @@ def print_step(record, steps, left, fields):
 def left_out(step, found, grad_norm, batch, missed, say):
     """The record of a step that changed nothing; why is added to `missed`, the steps in a row."""
     names = ", ".join(gather([name for name, _ in batch]))
-    why = f"gradient norm {grad_norm}" if found else "no usable sample"
-    missed.append(why)
-    say(f"step {step} left out: {why} ({names})")
-    return {"step": step, "skipped": f"{why} ({names})"}
-
-
-def no_update(missed, walk):
-    """The DataError that ends a run whose last steps changed nothing."""
-    why = missed[-1] if missed else "there was none"
-    return geometry.DataError(
-        f"{len(missed)} steps in a row changed no weight, the last: {why}{walk.first_problem()}; "
-        "look at the samples named above, or lower --lr. What was saved before is untouched")
+    missed.append(f"gradient norm {grad_norm}" if found else "no usable sample")
+    say(f"step {step} left out: {missed[-1]} ({names})")
+    return {"step": step, "skipped": f"{missed[-1]} ({names})"}
 
 
 def catch_signals():

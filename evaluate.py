@@ -1215,10 +1215,7 @@ MADE_BY = {"out/pasta": "python pasta.py --grid 4",  # the stages, and what runs
 
 def load_model(name):
     """The directory of model `name`, a path or an id on the hub; the model, on the CPU; tokenizer.
-
-    The model is fp32 unless all tensors of its files are of one 16-bit dtype. DataError if it is
-    not a complete Qwen2.5-VL with 16- or 32-bit weights.
-    """
+    The model is fp32 unless all tensors of its files are of one 16-bit dtype."""
     path = Path(name)
     if name in MADE_BY and not (path / "config.json").exists():
         raise geometry.DataError(f"{name}: not there yet; run `{MADE_BY[name]}` first")
