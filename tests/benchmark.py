@@ -260,8 +260,7 @@ def reward_step():
 def demo_model(folder, data):
     """The demo's tiny model: its directory, the model, the tokenizer."""
     pasta.make_demo_model(Path(folder) / "model", data, seed=0)
-    return Path(folder) / "model", *actor_sft.load_model(
-        *actor_sft.find_model(str(Path(folder) / "model")))
+    return actor_sft.load_model(str(Path(folder) / "model"))
 
 
 def padded(examples, image_token):
@@ -365,10 +364,8 @@ def grpo_setting(folder, size, G, T):
 def sampler(model, prompts, G, T):
     """What samples G completions of T tokens, which nothing ends, of prompts all together."""
     noise = torch.stack([actor_grpo.uniforms(0, 0, k, G, T) for k in range(len(prompts))])
-    images = [None for _ in prompts]
     none = torch.tensor([-1], device=model.device)
-    return partial(actor_grpo.rollout, model, prompts, images, noise.to(model.device), 1.0,
-                   none[:0], none)
+    return partial(actor_grpo.rollout, model, prompts, noise.to(model.device), 1.0, none[:0], none)
 
 
 def one_prompt_phases(model, prompts, tokens):

@@ -209,7 +209,7 @@ def test_gradient_reaches_the_whole_encoder_and_learning_lowers_the_loss(tiny_mo
     for step in range(6):
         loss, _ = pasta.alignment_loss(pasta.encode(encoder, pixels, grids, 4), pairs, 3, args)
         optimizer.backward(loss)
-        norm, masters = optimizer.reduce(), [its for _, its, _ in optimizer.tensors.values()]
+        norm, masters = optimizer.reduce(), [its for _, its in optimizer.tensors.values()]
         assert len(masters) == len(list(encoder.parameters()))
         assert step or all(float(its.grad.norm()) > 0 for its in masters)
         optimizer.step(norm)
