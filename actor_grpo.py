@@ -73,7 +73,7 @@ import geometry
 import rewards
 
 MADE_BY = {"out/cold_start": "python actor_sft.py --target actions"}  # and what writes it
-MAY_BE_0 = ("seed", "warmup", "beta")  # arguments
+MAY_BE_0 = ("seed", "warmup", "beta")  # the other numbers of the command line are above 0
 BANNED = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",  # not in the paper: sampling
           "<|image_pad|>", "<|video_pad|>"]
 BLOCKS = {"action": "action", "language": "think"}  # what --reasoning stands between
@@ -144,12 +144,12 @@ def parse_args(argv=None):
     p.add_argument("--workers", type=int, default=min(8, os.cpu_count()),
                    help="threads that prepare samples ahead")
 
-    first = p.parse_args(argv)
-    if first.data is None:  # the only place where demo and real run differ
+    given = p.parse_args(argv)  # other defaults depend on it
+    if given.data is None:  # the only place where demo and real run differ
         values = {"data": "out/demo/data", "max_pixels": 112 * 112, "batch": 8, "lr": 1e-4,
                   "vision_lr": 1e-5, "steps": 50, "no_recompute": True}
     else:
-        values = {"max_pixels": 448 * 448, "batch": 4, "lr": 1e-5, "vision_lr": first.lr or 1e-5}
+        values = {"max_pixels": 448 * 448, "batch": 4, "lr": 1e-5, "vision_lr": given.lr or 1e-5}
     args = settle(p, argv, values | {"betas": [0.9, 0.999], "warmup": 0})
     if args.group < 2:
         p.error("--group must be 2 or more: one completion has none to be compared with")
@@ -706,16 +706,16 @@ class Recompute(torch.autograd.Function):
             outputs = ctx.run(*inputs)
         if not isinstance(outputs, tuple):
             outputs = (outputs,)
-        used = [k for k, grad in enumerate(grads) if grad is not None]
+        used = [k for k, grad in enumerate(grads) if grad is not None]  # outputs
         torch.autograd.backward([outputs[k] for k in used], [grads[k] for k in used])
         return None, *(tensor.grad for tensor in inputs)  # None: of `run`
 
 
-def recomputed(block, run, x, *others):
-    """run(x, *others), which uses the weights of `block`, by Recompute."""
-    trains = any(p.requires_grad for p in block.parameters())
+def recomputed(module, run, x, *others):
+    """run(x, *others), which uses the weights of `module`, by Recompute."""
+    trains = any(p.requires_grad for p in module.parameters())
     if trains and torch.is_grad_enabled() and not x.requires_grad:
-        x = x.detach().requires_grad_()  # autograd asks for a second run only if an input trains
+        x = x.detach().requires_grad_()  # without an input that needs a gradient: no second run
     return Recompute.apply(run, x, *others)
 
 
@@ -730,8 +730,8 @@ class Optimizer:
 
     At lr 1e-5 most updates are smaller than the spacing of bf16 numbers, which alone would hardly
     move. So the model computes in 16 bits, while weights, gradients and moments are kept in fp32.
-    An fp32 model is its own master. fp16 gradients underflow: the loss is scaled up for them. The
-    image encoder in a whole model has a learning rate of its own.
+    An fp32 model is its own master. fp16 gradients underflow: the loss is scaled up for them.
+    Within a whole model the image encoder has a learning rate of its own.
     """
 
     def __init__(self, model, args, dtype, device):
@@ -780,8 +780,8 @@ class Optimizer:
         return float(torch.stack(norms).norm())
 
     def step(self, norm):
-        """One update, its gradient, whose norm `reduce` returned, clipped. Returns whether it was
-        made: a gradient that is not finite changes nothing."""
+        """One update by the gradient, clipped; norm: what `reduce` returned. Returns whether it was
+        made: a gradient that is not finite changes nothing but the scale."""
         finite = math.isfinite(norm)
         if finite:
             self.t += 1
@@ -794,13 +794,12 @@ class Optimizer:
             self.adam.step()
             for p, master in self.tensors.values():
                 p.data.copy_(master.data)
+            if self.scale > 1 and self.good % 1000 == 0:
+                self.scale *= 2
         else:
             self.good = 0
+            self.scale = max(1.0, self.scale / 2)
         self.adam.zero_grad()
-        if self.scale > 1 and not finite:
-            self.scale /= 2
-        elif self.scale > 1 and self.good % 1000 == 0:
-            self.scale *= 2
         return finite
 
     def state(self):
@@ -835,11 +834,11 @@ def place(model, dtype, device):
 
 
 def settle(p, argv, values):
-    """The arguments of a run, in their ranges: the command line's, and `values` for the rest."""
+    """The arguments, parsed again with `values` as defaults. One out of range ends the run."""
     p.set_defaults(**values)
     args = p.parse_args(argv)
     for name, value in vars(args).items():
-        least = 0 if name in MAY_BE_0 else 1e-30
+        least = 0 if name in MAY_BE_0 else 1e-30  # above 0
         if type(value) in (int, float) and not value >= least:  # NaN is out of range as well
             p.error(f"--{name.replace('_', '-')} is out of range: {value}")
     return args
@@ -891,11 +890,12 @@ def load_model(name):
             raise ValueError("its weights are quantised; take the 16-bit model")
         if not (path / "tokenizer.json").exists() and not (path / "vocab.json").exists():
             raise ValueError("it has no tokenizer.json; copy the tokenizer's files from its source")
-        kinds = set()  # of the files themselves: config.json may say another
+        kinds = set()  # dtypes of the files themselves: config.json may say another
         for file in weight_files(path):
             with safe_open(file, framework="pt") as tensors:
                 kinds |= {tensors.get_slice(key).get_dtype() for key in tensors.keys()}
-        dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get("".join(kinds), torch.float32)
+        kind = kinds.pop() if len(kinds) == 1 else "mixed"
+        dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(kind, torch.float32)
         model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
         lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
@@ -1016,7 +1016,7 @@ def save_checkpoint(out, identity, step, steps, optimizer):
 
 
 def open_logs(out, args, state, names=("log.jsonl",)):
-    """Begin logs with what runs; those of a resumed run are cut to what its checkpoint knows."""
+    """Begin each log with a line about the run; a resumed run's are cut to what was saved."""
     if state:
         for name, size in state["logs"].items():
             os.truncate(out / name, size)
@@ -1045,12 +1045,14 @@ def print_step(record, steps, left, fields):
         print(f"step {step}/{steps}  {shown}  left {timedelta(seconds=int(left))}", flush=True)
 
 
-def left_out(step, found, grad_norm, batch, missed, say):
-    """The record of a step that changed nothing; why is added to `missed`, the steps in a row."""
+def left_out(step, count, grad_norm, batch, missed, say):
+    """The record of a step that changed no weight; why is added to `missed`. count: what there was
+    to learn from, 0 if no process had a sample; batch: [(name, prepared), ...] of this process."""
     names = ", ".join(gather([name for name, _ in batch]))
-    missed.append(f"gradient norm {grad_norm}" if found else "no usable sample")
-    say(f"step {step} left out: {missed[-1]} ({names})")
-    return {"step": step, "skipped": f"{missed[-1]} ({names})"}
+    why = f"gradient norm {grad_norm}" if count else "no usable sample"
+    missed.append(why)
+    say(f"step {step} left out: {why} ({names})")
+    return {"step": step, "skipped": f"{why} ({names})"}
 
 
 def catch_signals():

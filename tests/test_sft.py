@@ -125,15 +125,15 @@ def test_forms_and_shares(scenes, made, tmp_path):
     sample = geometry.load_samples(scenes)[0]
     args = actor_sft.parse_args(["--data", "-", "--target", "mixed", "--mix", "0.25"])
     make = partial(actor_sft.make_example, args=args, tokenizer=tokenizer, processor=PROCESSOR)
-    forms = [make(replace(sample, id=str(k))).form for k in range(200)]
+    forms = [make(replace(sample, id=str(k))).target for k in range(200)]
     assert 0.15 < forms.count("actions") / 200 < 0.35
-    assert forms[:20] == [make(replace(sample, id=str(k))).form for k in range(20)]
+    assert forms[:20] == [make(replace(sample, id=str(k))).target for k in range(20)]
     (tmp_path / "moved").symlink_to(scenes)
     moved = geometry.load_samples(tmp_path / "moved")[0]
-    assert forms[:20] == [make(replace(moved, id=str(k))).form for k in range(20)]
+    assert forms[:20] == [make(replace(moved, id=str(k))).target for k in range(20)]
     samples = [replace(its, id="a") for its in geometry.load_samples(scenes)]
     for those in (samples, [replace(sample, question=str(k)) for k in range(20)]):
-        assert {make(its).form for its in those} == {"actions", "answer"}
+        assert {make(its).target for its in those} == {"actions", "answer"}
     gold, taught = example.gold, tokenizer.decode(example.ids[example.prompt:])
     assert taught == rewards.write_response(gold.actions, gold.answer) + "<|im_end|>"
     for target, samples in (("answer", 10_000), ("actions", 1_000)):
