@@ -5,7 +5,7 @@ section 3.4, appendices C and D) by Group Relative Policy Optimization as DeepSe
 One step, with the numbers that its parts carry below:
 
     1  draw B prompts
-    2  roll out G completions of each from the current model           rollout
+    2  roll out G completions of each from the current model           roll_out_groups, rollout
     3  score them: R = R_act + R_ans + R_fmt (Eq. 8)                   rewards.total_reward
     4  compare within each group: A = (R - mean) / std                 group_advantages
     5  log p of the completions under the frozen start model           group_log_probs
@@ -42,7 +42,6 @@ import math
 import os
 import pickle
 import platform
-import re
 import shutil
 import signal
 import sys
@@ -564,10 +563,10 @@ def group_log_probs(model, prompt, tokens, mask, temperature, recompute=False):
     last, past = read_prompt(model, prompt, zero_memory(model, 1, 0), append, recompute)
     sees = torch.ones(1, 1, T, L + T, dtype=torch.bool, device=tokens.device).tril(L)
     after = prompt.positions.max() + 1 + torch.arange(T, device=tokens.device)
-    own, _ = run_layers(model, model.get_input_embeddings()(tokens), after.expand(3, 1, T), past,
-                        sees, append, recompute)
+    x = model.get_input_embeddings()(tokens)  # (G, T, D)
+    x, _ = run_layers(model, x, after.expand(3, 1, T), past, sees, append, recompute)
     # the features of a token predict the next one; those of the prompt's last token, the first
-    predicts = torch.cat([last.expand(G, 1, -1), own[:, :-1]], dim=1)  # (G, T, D)
+    predicts = torch.cat([last.expand(G, 1, -1), x[:, :-1]], dim=1)  # (G, T, D)
     log_p = log_probs(predicts[mask] / temperature, model.lm_head.weight, tokens[mask])
     return torch.zeros(G, T, device=tokens.device).masked_scatter(mask, log_p)
 
@@ -602,12 +601,12 @@ def rollout(model, prompts, noise, temperature, banned, end):
     first end token, at most prompt.longest. All keys and values lie in one memory: 0.45 GiB at 3B
     for 4 x 8 completions, three 448x448 views.
 
-    At each step run_layers gets one row a prompt, R = B, and the G newest tokens of a prompt stand
-    where it has T new ones, all at one position. Each sees the prompt and, of every step, the
-    column of its own completion. The mask of three completions after the third step, behind a
-    prompt of five tokens where the longest prompt has L = 7:
+    For each token run_layers gets one row a prompt, R = B; in the place of T new tokens stand the
+    newest of the G completions, all at one position. Each sees the prompt and the columns of its
+    own completion. The mask of three completions when their third tokens go in, behind a prompt of
+    five tokens where the longest prompt has L = 7:
 
-                    prompt             step 1    step 2    step 3
+                    prompt             token 1   token 2   token 3
         first       . . # # # # #      # . .     # . .     # . .
         second      . . # # # # #      . # .     . # .     . # .
         third       . . # # # # #      . . #     . . #     . . #
@@ -631,7 +630,7 @@ def rollout(model, prompts, noise, temperature, banned, end):
     budget = torch.tensor([prompt.longest for prompt in prompts], device=device)  # (B,)
     tokens = torch.zeros_like(noise, dtype=torch.long)
     log_p = torch.zeros_like(noise, dtype=torch.float32)
-    rows = torch.arange(B, device=device)  # the prompts that are still in the batch
+    rows = torch.arange(B, device=device)  # prompts that are still in memory, sees and x
     for t in range(longest):
         if t > 0 and t % 16 == 0:  # drop prompts that have ended; rarely, as it waits for the GPU
             ended = torch.isin(tokens[rows, :, :t], end).any(-1) | (budget[rows, None] <= t)
@@ -924,7 +923,7 @@ def weight_files(path):
 
 def plain(key):
     """A tensor's name without the prefixes, which differ between files and releases."""
-    return re.sub(r"^(model\.)?(language_model\.)?", "", key)
+    return key.removeprefix("model.").removeprefix("language_model.")
 
 
 def save_model(model, source, out, optimizer):

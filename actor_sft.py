@@ -32,7 +32,6 @@ import math
 import os
 import pickle
 import platform
-import re
 import shutil
 import signal
 import sys
@@ -40,7 +39,6 @@ import time
 import zlib
 from datetime import timedelta
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -252,7 +250,7 @@ def main(argv=None):
     if rank == 0:
         open_logs(out, args, state)
         target = "answer" if args.target == "answer" else "actions"
-        samples = list(islice(walk.heldout_samples(), args.heldout))
+        samples = list(itertools.islice(walk.heldout_samples(), args.heldout))
         heldout = walk.prepared(partial(prepare, target=target), samples, args.workers)
         blind = constants(heldout)
         if not state:
@@ -391,12 +389,8 @@ def generate_greedily(model, tokenizer, prompts, longest):
     """
     end = tokenizer.convert_tokens_to_ids(rewards.END)
     L = max(len(ids) for ids, _ in prompts)
-    rows = []
-    seen = []
-    for ids, _ in prompts:
-        padding = L - len(ids)
-        rows.append([end[0]] * padding + list(ids))
-        seen.append([0] * padding + [1] * len(ids))
+    rows = [[end[0]] * (L - len(ids)) + list(ids) for ids, _ in prompts]
+    seen = [[0] * (L - len(ids)) + [1] * len(ids) for ids, _ in prompts]
     rows = torch.tensor(rows, device=model.device)  # (B, L)
     pixels = torch.cat([images["pixel_values"] for _, images in prompts])
     grids = torch.cat([images["image_grid_thw"] for _, images in prompts])
@@ -670,7 +664,7 @@ def weight_files(path):
 
 def plain(key):
     """A tensor's name without the prefixes, which differ between files and releases."""
-    return re.sub(r"^(model\.)?(language_model\.)?", "", key)
+    return key.removeprefix("model.").removeprefix("language_model.")
 
 
 def save_model(model, source, out, optimizer):

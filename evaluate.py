@@ -279,12 +279,8 @@ def generate_greedily(model, tokenizer, prompts, longest):
     """
     end = tokenizer.convert_tokens_to_ids(rewards.END)
     L = max(len(ids) for ids, _ in prompts)
-    rows = []
-    seen = []
-    for ids, _ in prompts:
-        padding = L - len(ids)
-        rows.append([end[0]] * padding + list(ids))
-        seen.append([0] * padding + [1] * len(ids))
+    rows = [[end[0]] * (L - len(ids)) + list(ids) for ids, _ in prompts]
+    seen = [[0] * (L - len(ids)) + [1] * len(ids) for ids, _ in prompts]
     rows = torch.tensor(rows, device=model.device)  # (B, L)
     pixels = torch.cat([images["pixel_values"] for _, images in prompts])
     grids = torch.cat([images["image_grid_thw"] for _, images in prompts])

@@ -32,14 +32,12 @@ import math
 import os
 import pickle
 import platform
-import re
 import shutil
 import signal
 import sys
 import time
 from datetime import timedelta
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 # Torch reads this when it is imported. Without it, freed memory is left in pieces of no use.
@@ -243,8 +241,8 @@ def prepare(sample, args, processor, dtype=torch.float32):
 
 def heldout_pairs(walk, count):
     """`count` different held-out pairs of frames, or as many as there are: Samples of two views."""
-    by_images = {}
-    for sample in islice(walk.heldout_samples(), 1000 + 20 * count):  # many show the same pair
+    by_images = {}  # many samples show the same pair
+    for sample in itertools.islice(walk.heldout_samples(), 1000 + 20 * count):
         for x, y in itertools.combinations(range(len(sample.images)), 2):
             images = [sample.images[x], sample.images[y]]
             depths = [sample.depths[x], sample.depths[y]]
@@ -695,7 +693,7 @@ def weight_files(path):
 
 def plain(key):
     """A tensor's name without the prefixes, which differ between files and releases."""
-    return re.sub(r"^(model\.)?(language_model\.)?", "", key)
+    return key.removeprefix("model.").removeprefix("language_model.")
 
 
 def save_model(model, source, out, optimizer):
