@@ -369,7 +369,6 @@ def main(argv=None):
             warnings = warnings_of(record, args.group)
             if warnings:
                 record["warnings"] = warnings
-                say(f"step {step}: {'; '.join(warnings)}")
         else:
             record = left_out(step, count, grad_norm, batch, missed, say)
         looks = step == 1 or step % args.rollouts_every == 0
@@ -380,11 +379,13 @@ def main(argv=None):
             for group in shown:
                 write_line(out / "rollouts.jsonl", group)
             write_line(out / "log.jsonl", record)
+            if saves:  # before a line is printed: a closed terminal takes none
+                save_checkpoint(out, identity, step, args.steps, optimizer)
             left = (time.monotonic() - begun) / (step - start) * (args.steps - step)
             print_step(record, args.steps, left, ("reward", "reward_action", "reward_answer",
                                                   "reward_format", "kl", "grad_norm", "length"))
-            if saves:
-                save_checkpoint(out, identity, step, args.steps, optimizer)
+            if "warnings" in record:
+                say(f"step {step}: {'; '.join(record['warnings'])}")
         if stop:
             gather([])  # wait until the first has saved: torchrun ends all when one ends
             say(f"stopped after step {step}; the same command with --resume goes on")

@@ -64,7 +64,7 @@ MADE_BY = {"out/pasta": "python pasta.py --grid 4",  # the stages, and what runs
            "out/sft": "python actor_sft.py --target answer",
            "out/cold_start": "python actor_sft.py --target actions",
            "out/grpo": "python actor_grpo.py"}
-MAY_BE_0 = ("seed", "warmup", "beta")  # the other numbers of the command line are above 0
+MAY_BE_0 = ("seed", "warmup")  # the other numbers of the command line are above 0
 
 
 def parse_args(argv=None):
@@ -292,10 +292,10 @@ def main(argv=None):
                 record |= progress
                 say(f"step {step}  {heldout_line(progress)}")
             write_line(out / "log.jsonl", record)
+            if saves:  # before a line is printed: a closed terminal takes none
+                save_checkpoint(out, identity, step, args.steps, optimizer)
             left = (time.monotonic() - begun) / (step - start) * (args.steps - step)
             print_step(record, args.steps, left, ("loss", "grad_norm", "tokens_per_s"))
-            if saves:
-                save_checkpoint(out, identity, step, args.steps, optimizer)
         if stop:
             gather([])  # wait until the first has saved: torchrun ends all when one ends
             say(f"stopped after step {step}; the same command with --resume goes on")

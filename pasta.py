@@ -348,10 +348,10 @@ def main(argv=None):
                 say(f"step {step}  match accuracy {record['match_accuracy']:.1%} of held-out "
                     f"patches, excess {record['heldout_excess']:.3f}, drift {record['drift']:.2f}")
             write_line(out / "log.jsonl", record)
+            if saves:  # before a line is printed: a closed terminal takes none
+                save_checkpoint(out, identity, step, args.steps, optimizer)
             left = (time.monotonic() - begun) / (step - start) * (args.steps - step)
             print_step(record, args.steps, left, ("loss", "excess", "grad_norm", "pairs_per_s"))
-            if saves:
-                save_checkpoint(out, identity, step, args.steps, optimizer)
         if stop:
             gather([])  # wait until the first has saved: torchrun ends all when one ends
             say(f"stopped after step {step}; the same command with --resume goes on")
