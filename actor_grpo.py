@@ -410,7 +410,7 @@ def main(argv=None):
 
 
 def log_of(group):
-    """What the log takes from a Group."""
+    """What the log takes from a Group; gap: the most by which log p of sampling is off."""
     gap = (group.old - group.sampled)[group.mask].abs().max()
     return {"scores": group.scores, "length": float(group.mask.sum(-1).float().mean()),
             "truncated": 1 - float(group.ended.float().mean()), "distinct": len(set(group.texts)),
@@ -635,13 +635,13 @@ def rollout(model, prompts, noise, temperature, banned, end):
     for t in range(longest):
         if t > 0 and t % 16 == 0:  # drop prompts that have ended; rarely, as it waits for the GPU
             ended = torch.isin(tokens[rows, :, :t], end).any(-1) | (budget[rows, None] <= t)
-            left = (~ended).any(-1).nonzero()[:, 0]
-            if len(left) == 0:
+            going = (~ended).any(-1).nonzero()[:, 0]
+            if len(going) == 0:
                 break
-            if len(left) < len(rows):
-                rows = rows[left]
-                sees = sees[left]
-                memory = memory[:, :, left]
+            if len(going) < len(rows):
+                rows = rows[going]
+                sees = sees[going]
+                memory = memory[:, :, going]
         if t > 0:
             newest = model.get_input_embeddings()(tokens[rows, :, t - 1])  # (B, G, D)
             positions = (after[rows] + t - 1)[:, None].expand(3, -1, G)  # (3, B, G)
@@ -653,8 +653,8 @@ def rollout(model, prompts, noise, temperature, banned, end):
         chosen, chosen_log_p = sample_tokens(logits, u, temperature, banned)
         tokens[rows, :, t] = chosen.view(-1, G)
         log_p[rows, :, t] = chosen_log_p.view(-1, G)
-    ended = torch.isin(tokens, end).long()
-    mask = ended.cumsum(-1) - ended == 0  # no end token before
+    ends = torch.isin(tokens, end).long()
+    mask = ends.cumsum(-1) - ends == 0  # no end token before
     mask &= torch.arange(longest, device=device) < budget[:, None, None]
     tokens = torch.where(mask, tokens, end[0])
     lengths = mask.any(1).sum(-1).tolist()
@@ -742,12 +742,12 @@ class Optimizer:
         self.scale = 2.0**16 if dtype == torch.float16 else 1.0
         self.tensors = {}  # {name: (the model's tensor, its master)}
         groups = {}  # {lr: masters}
-        home = torch.device("cpu") if args.offload else device
+        home = torch.device("cpu") if args.offload else device  # of masters and moments
         for name, p in model.named_parameters():
             if p.requires_grad:
                 master = torch.nn.Parameter(p.data.to(home, torch.float32))
                 if dtype == torch.float32 and home == device:
-                    p.data = master.data
+                    p.data = master.data  # one tensor
                 p.register_post_accumulate_grad_hook(partial(self.take, master))
                 self.tensors[name] = p, master
                 lr = args.vision_lr if "visual." in name else args.lr

@@ -142,11 +142,11 @@ def parse_args(argv=None):
 
 
 class Example(NamedTuple):
-    """A sample as tokens: ids (L,), the first `prompt` of them asked, the others taught."""
+    """A sample as tokens: ids (L,), the first prompt_length of them asked, the others taught."""
 
     id: str
     ids: torch.Tensor
-    prompt: int
+    prompt_length: int
     images: dict
     gold: rewards.Gold
     target: str  # "answer" or "actions"
@@ -190,8 +190,9 @@ def response_log_probs(model, example):
         pixel_values=example.images["pixel_values"].to(model.device),
         image_grid_thw=example.images["image_grid_thw"].to(model.device),
         use_cache=False).last_hidden_state[0]  # (L, D); a cache would grow again in recomputing
+    taught = ids[example.prompt_length:]  # (T,)
     # the features of a token predict the one after it
-    return log_probs(hidden[example.prompt - 1:-1], model.lm_head.weight, ids[example.prompt:])
+    return log_probs(hidden[-len(taught) - 1:-1], model.lm_head.weight, taught)
 
 
 def log_probs(hidden, weight, targets, chunk=128):
@@ -268,7 +269,7 @@ def main(argv=None):
         tick = time.monotonic()
         examples = [example for _, example in batch if example]
         # the mean over the response tokens of all processes, so that their gradients add up
-        tokens = sum(gather([len(example.ids) - example.prompt for example in examples]))
+        tokens = sum(gather([len(example.ids) - example.prompt_length for example in examples]))
         loss = 0.0
         for example in examples:
             part = -response_log_probs(model, example).sum() / tokens
@@ -336,8 +337,8 @@ def evaluate_responses(model, tokenizer, examples, batch=16):
         some = examples[start:start + batch]
         with torch.no_grad():
             log_p += [response_log_probs(model, example) for example in some]
-        prompts = [(e.ids[:e.prompt].tolist(), e.images) for e in some]
-        longest = [16 + 2 * (len(e.ids) - e.prompt)  # not in the paper: longest completion
+        prompts = [(e.ids[:e.prompt_length].tolist(), e.images) for e in some]
+        longest = [16 + 2 * (len(e.ids) - e.prompt_length)  # not in the paper: longest completion
                    for e in some]
         texts += generate_greedily(model, tokenizer, prompts, longest)
     lost = [example.id for example, text in zip(examples, texts) if text is None]
@@ -482,12 +483,12 @@ class Optimizer:
         self.scale = 2.0**16 if dtype == torch.float16 else 1.0
         self.tensors = {}  # {name: (the model's tensor, its master)}
         groups = {}  # {lr: masters}
-        home = torch.device("cpu") if args.offload else device
+        home = torch.device("cpu") if args.offload else device  # of masters and moments
         for name, p in model.named_parameters():
             if p.requires_grad:
                 master = torch.nn.Parameter(p.data.to(home, torch.float32))
                 if dtype == torch.float32 and home == device:
-                    p.data = master.data
+                    p.data = master.data  # one tensor
                 p.register_post_accumulate_grad_hook(partial(self.take, master))
                 self.tensors[name] = p, master
                 lr = args.vision_lr if "visual." in name else args.lr

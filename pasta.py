@@ -511,12 +511,12 @@ class Optimizer:
         self.scale = 2.0**16 if dtype == torch.float16 else 1.0
         self.tensors = {}  # {name: (the model's tensor, its master)}
         groups = {}  # {lr: masters}
-        home = torch.device("cpu") if args.offload else device
+        home = torch.device("cpu") if args.offload else device  # of masters and moments
         for name, p in model.named_parameters():
             if p.requires_grad:
                 master = torch.nn.Parameter(p.data.to(home, torch.float32))
                 if dtype == torch.float32 and home == device:
-                    p.data = master.data
+                    p.data = master.data  # one tensor
                 p.register_post_accumulate_grad_hook(partial(self.take, master))
                 self.tensors[name] = p, master
                 lr = args.vision_lr if "visual." in name else args.lr

@@ -267,7 +267,7 @@ def padded(examples, image_token):
     """A batch in the usual form: padded on the right, -100 where nothing is trained."""
     (e,) = examples
     labels = e.ids.clone()
-    labels[:e.prompt] = -100
+    labels[:e.prompt_length] = -100
     return {"input_ids": e.ids[None], "labels": labels[None], **e.images,
             "attention_mask": torch.ones_like(e.ids)[None],
             "mm_token_type_ids": (e.ids == image_token).int()[None]}
