@@ -730,7 +730,7 @@ def begin(args, dtype, walk, source):
             raise geometry.DataError(f"{path}: cannot be read; remove it to start over "
                                      f"({str(error).splitlines()[0]})") from None
     if not args.resume:
-        if state and state["step"] < state["steps"]:
+        if state and state["step"] < state["steps"]:  # work that would be lost
             raise geometry.DataError(
                 f"--out {out} holds a run stopped at step {state['step']} of {state['steps']}: the "
                 "same command with --resume goes on, without its checkpoint.pt one starts over")
@@ -800,10 +800,11 @@ def catch_signals():
     """A list that SIGINT, SIGTERM and SIGHUP, a closed terminal, are added to when they come: the
     step is finished, then all is saved."""
     stops = []
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP, nohup ignores it
-        if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
-            signal.signal(number, lambda number, _: stops.append(number))
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)  # Windows has none, under nohup it stays ignored
+    for number in numbers:
+        signal.signal(number, lambda number, _: stops.append(number))
     return stops
 
 

@@ -193,8 +193,8 @@ def _similarity(pose, gold, tau_t, tau_r):
     d_t, d_r = geometry.pose_error(pose, gold)
     similarity = np.exp(-d_t / tau_t) * np.exp(-d_r / tau_r)  # Eq. 10
     # "Optionally, degenerate "stop-like" predicted plans are penalized by setting R_act-acc = 0."
-    # A plan is stop-like if it moves by less than a tenth of the gold's way, turns by less than a
-    # tenth of its angle (or by less than rounding leaves), and the gold does move or turn.
+    # A plan is stop-like if it moves by less than a tenth of the gold's way and turns by less than
+    # a tenth of its angle (or less than rounding leaves), while the gold does move or turn.
     moved, turned = geometry.pose_error(pose, np.eye(4))
     gold_moved, gold_turned = geometry.pose_error(gold, np.eye(4))
     no_move = moved < np.maximum(0.1 * gold_moved, ROUNDING_M)
