@@ -157,13 +157,13 @@ def make_example(sample, args, tokenizer, processor, target=None, dtype=torch.fl
 
     target: "answer" or "actions"; None leaves it to --target. dtype: what the pixels are cast to.
     """
-    if target is None and args.target == "mixed":
+    target = target or args.target
+    if target == "mixed":
         # a hash, uniform in [0, 1): the same whenever this sample is drawn, wherever the tree lies
         names = ["/".join(path.parts[-3:]) for path in sample.images]
         text = f"{args.seed} {sample.id} {sample.question} {names}"
         uniform = zlib.crc32(text.encode(errors="replace")) / 2**32
         target = "actions" if uniform < args.mix else "answer"
-    target = target or args.target
     gold = rewards.gold_of(sample, plans=target == "actions")  # trees without poses do for answers
     if target == "actions":
         instruction = rewards.ACTION_INSTRUCTION
