@@ -930,9 +930,8 @@ def plain(key):
 def save_model(model, source, out, optimizer):
     """Write model directory `source` to `out` with the trained tensors in place of its own.
 
-    All else leaves as it came: other tensors bit for bit, dtypes, names, shards, json files. So
-    what reads the source reads `out`. Old weights go first and new ones come last: a kill in
-    between leaves a directory that load_model names as not complete, never a mixture.
+    All else leaves as it came: other tensors bit for bit, dtypes, names, shards, json files. Old
+    weights go first, new ones come last: a kill leaves what load_model refuses, not a mixture.
     """
     masters = {p: master.detach() for p, master in optimizer.tensors.values()}
     trained = {}
@@ -995,8 +994,7 @@ def begin(args, dtype, walk, source):
                 "same command with --resume goes on, without its checkpoint.pt one starts over")
         return identity, None
     if state is None:
-        raise geometry.DataError(f"--out {out} has no checkpoint.pt to --resume from; name the "
-                                 "run's")
+        raise geometry.DataError(f"--out {out} has no checkpoint.pt to --resume from; drop that")
     for name, value in identity.items():
         was = state["identity"].get(name)
         if was != value:
