@@ -30,7 +30,8 @@ def test_same_name_same_source(root):
                 if function not in ("parse_args", "main"):
                     where, known = seen.setdefault(function, (name, source))
                     assert source == known, (
-                        f"{function} differs between {where} and {name}: copy it, or rename it")
+                        f"{function} differs between {where} and {name}: copy it, or rename it. "
+                        "A fork that changes one trainer on purpose may delete this test")
 
 
 def test_no_script_imports_another(root):
@@ -121,6 +122,30 @@ def test_readme_maps_every_equation(root):
     for tags in EQUATIONS.values():
         for k in tags:
             assert re.search(rf"\| {k} \|", readme), f"the README's map lacks Eq. {k}"
+
+
+def sections(text):
+    """Name -> number of lines of each part of a file, from its ruler to the next one."""
+    lines = text.splitlines()
+    starts = [k for k, line in enumerate(lines) if re.match(r"# -{20,} ", line)]
+    ends = [*starts[1:], len(lines)]
+    return {lines[start].strip("# -"): end - start for start, end in zip(starts, ends)}
+
+
+def test_line_counts_of_the_reading_path(root):
+    """README's path names parts of files by their rulers, and says how long they are."""
+    readme = (root / "README.md").read_text()
+    path = re.findall(r"^\| `(\w+\.py)`(: \*.+?\*)? \| ([\d,]+) \|", readme, re.MULTILINE)
+    assert len(path) >= 6
+    for name, parts, stated in path:
+        text = (root / name).read_text()
+        lines = len(text.splitlines())
+        if parts:
+            found = sections(text)
+            lines = sum(found[part] for part in re.findall(r"\*(.+?)\*", parts))
+        stated = int(stated.replace(",", ""))
+        assert stated % 10 == 0 and abs(stated - lines) <= 0.1 * lines, (
+            f"{name}{parts}: {lines} lines, README says {stated}")
 
 
 def test_line_width(root):
