@@ -959,8 +959,8 @@ def memory_line(model, copies, args, dtype, device):
     home = "cpu" if args.offload else device.type
     own_master = dtype == torch.float32 and home == device.type
     state = trained * (12 if own_master else 16)  # gradient, two moments, and a master, in fp32
-    return (f"memory  weights {weights / 2**30:.1f} GiB on {device.type}, masters, gradients and "
-            f"moments {state / 2**30:.1f} GiB on {home}; activations come on top")
+    return (f"memory  weights {weights / 2**30:.2g} GiB on {device.type}, masters, gradients and "
+            f"moments {state / 2**30:.2g} GiB on {home}; activations come on top")
 
 
 def begin(args, dtype, walk, source):

@@ -583,11 +583,11 @@ def test_real_frames(trainer, shared, tmp_path):
 
 
 @pytest.mark.parametrize("device, dtype, copies, offload, weights, state", [
-    ("cpu", torch.float32, 1, False, "4.0 GiB on cpu", "6.0 GiB on cpu"),  # gradient, two moments
-    ("cpu", torch.bfloat16, 1, False, "2.0 GiB on cpu", "8.0 GiB on cpu"),  # and masters
-    ("cuda", torch.float16, 2, False, "4.0 GiB on cuda", "8.0 GiB on cuda"),  # with a reference
-    ("cuda", torch.bfloat16, 1, True, "2.0 GiB on cuda", "8.0 GiB on cpu"),
-    ("cuda", torch.float32, 1, True, "4.0 GiB on cuda", "8.0 GiB on cpu")])
+    ("cpu", torch.float32, 1, False, "4 GiB on cpu", "6 GiB on cpu"),  # gradient, two moments
+    ("cpu", torch.bfloat16, 1, False, "2 GiB on cpu", "8 GiB on cpu"),  # and masters
+    ("cuda", torch.float16, 2, False, "4 GiB on cuda", "8 GiB on cuda"),  # with a reference
+    ("cuda", torch.bfloat16, 1, True, "2 GiB on cuda", "8 GiB on cpu"),
+    ("cuda", torch.float32, 1, True, "4 GiB on cuda", "8 GiB on cpu")])
 def test_memory_line(device, dtype, copies, offload, weights, state):
     """For 2^30 parameters, of which one half is frozen."""
     with torch.device("meta"):
