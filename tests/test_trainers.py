@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pickle
+import re
 import runpy
 import shutil
 import signal
@@ -226,7 +227,8 @@ def test_everything_else_leaves_as_it_came(trainers, tiny_model, tmp_path, name,
     assert {its.name for its in [*out.glob("*.safetensors"), *out.glob("*.bin")]} == {
         its.name for its in files}  # servers read as weights whatever is called so
     (ordinary := tmp_path / "ordinary").touch()
-    assert {its.stat().st_mode for its in out.iterdir()} == {ordinary.stat().st_mode}
+    assert {its.stat().st_mode for its in [*out.iterdir(), *tiny_model.iterdir()]} == {
+        ordinary.stat().st_mode}
 
 
 def change_text_config(model, **changes):
@@ -391,18 +393,23 @@ for script, *flags in json.loads(sys.argv[1]):  # the processes meet anew for ea
 """
 
 
-def test_two_processes_equal_one(trainers, tmp_path):
-    """Three samples a step, on one process or on two, one of which has two; torchrun, which takes
-    long to start, runs the scripts in turn."""
+def test_two_processes_equal_one(trainers, scenes, tmp_path):
+    """Three samples a step, on one process or on two, one of which has two; a broken picture is a
+    problem whoever met it. torchrun, which takes long to start, runs the scripts in turn."""
     (tmp_path / "two.py").write_text(TWO)
-    runs = {name: [*map(str, its.flags), "--steps", "2", "--batch", "3", "--out", f"{name}_2"]
-            for name, its in trainers.items()}
+    shutil.copytree(scenes, tmp_path / "data")
+    os.truncate(tmp_path / "data/boxes/images/scene_0/image_color/0.jpg", 500)
+    runs = {name: [*map(str, its.flags), "--steps", "2", "--batch", "3", "--data", "data", "--out",
+                   f"{name}_2"] for name, its in trainers.items()}
     done = conftest.run("two.py", tmp_path, tmp_path, json.dumps([
         [name, *flags] for name, flags in runs.items()]), processes=2,
         env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
     assert done.returncode == 0, done.stdout
+    problems = re.findall("; (.*) problems with the data", done.stdout)
     for name, flags in runs.items():
-        assert trainers[name].run(tmp_path, *flags, "--out", name).returncode == 0
+        done = trainers[name].run(tmp_path, *flags, "--out", name)
+        assert done.returncode == 0 and f"; {problems.pop(0)} problems with" in done.stdout
+        assert "; 0 problems with" not in done.stdout
         assert_same_log(tmp_path / name, tmp_path / f"{name}_2", 1e-3)
 
 
