@@ -5,7 +5,7 @@ section 3.4, appendices C and D) by Group Relative Policy Optimization as DeepSe
 One step, with the numbers that its parts carry below:
 
     1  draw B prompts
-    2  roll out G completions of each from the current model           rollout
+    2  roll out G completions of each from the current model           roll_out_groups, rollout
     3  score them: R = R_act + R_ans + R_fmt (Eq. 8)                   rewards.total_reward
     4  compare within each group: A = (R - mean) / std                 group_advantages
     5  log p of the completions under the frozen start model           group_log_probs
@@ -42,7 +42,6 @@ import math
 import os
 import pickle
 import platform
-import re
 import shutil
 import signal
 import sys
@@ -73,7 +72,7 @@ import geometry
 import rewards
 
 MADE_BY = {"out/cold_start": "python actor_sft.py --target actions"}  # and what writes it
-MAY_BE_0 = ("seed", "warmup", "beta")  # arguments
+MAY_BE_0 = ("seed", "warmup", "beta")  # the other numbers of the command line are above 0
 BANNED = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",  # not in the paper: sampling
           "<|image_pad|>", "<|video_pad|>"]
 BLOCKS = {"action": "action", "language": "think"}  # what --reasoning stands between
@@ -144,12 +143,12 @@ def parse_args(argv=None):
     p.add_argument("--workers", type=int, default=min(8, os.cpu_count()),
                    help="threads that prepare samples ahead")
 
-    first = p.parse_args(argv)
-    if first.data is None:  # the only place where demo and real run differ
+    given = p.parse_args(argv)  # other defaults depend on it
+    if given.data is None:  # the only place where demo and real run differ
         values = {"data": "out/demo/data", "max_pixels": 112 * 112, "batch": 8, "lr": 1e-4,
                   "vision_lr": 1e-5, "steps": 50, "no_recompute": True}
     else:
-        values = {"max_pixels": 448 * 448, "batch": 4, "lr": 1e-5, "vision_lr": first.lr or 1e-5}
+        values = {"max_pixels": 448 * 448, "batch": 4, "lr": 1e-5, "vision_lr": given.lr or 1e-5}
     args = settle(p, argv, values | {"betas": [0.9, 0.999], "warmup": 0})
     if args.group < 2:
         p.error("--group must be 2 or more: one completion has none to be compared with")
@@ -370,7 +369,6 @@ def main(argv=None):
             warnings = warnings_of(record, args.group)
             if warnings:
                 record["warnings"] = warnings
-                say(f"step {step}: {'; '.join(warnings)}")
         else:
             record = left_out(step, count, grad_norm, batch, missed, say)
         looks = step == 1 or step % args.rollouts_every == 0
@@ -381,11 +379,13 @@ def main(argv=None):
             for group in shown:
                 write_line(out / "rollouts.jsonl", group)
             write_line(out / "log.jsonl", record)
+            if saves:  # before a line is printed: a closed terminal takes none
+                save_checkpoint(out, identity, step, args.steps, optimizer)
             left = (time.monotonic() - begun) / (step - start) * (args.steps - step)
             print_step(record, args.steps, left, ("reward", "reward_action", "reward_answer",
                                                   "reward_format", "kl", "grad_norm", "length"))
-            if saves:
-                save_checkpoint(out, identity, step, args.steps, optimizer)
+            if "warnings" in record:
+                say(f"step {step}: {'; '.join(record['warnings'])}")
         if stop:
             gather([])  # wait until the first has saved: torchrun ends all when one ends
             say(f"stopped after step {step}; the same command with --resume goes on")
@@ -410,7 +410,7 @@ def main(argv=None):
 
 
 def log_of(group):
-    """What the log takes from a Group."""
+    """What the log takes from a Group; gap: the most by which log p of sampling is off."""
     gap = (group.old - group.sampled)[group.mask].abs().max()
     return {"scores": group.scores, "length": float(group.mask.sum(-1).float().mean()),
             "truncated": 1 - float(group.ended.float().mean()), "distinct": len(set(group.texts)),
@@ -564,10 +564,10 @@ def group_log_probs(model, prompt, tokens, mask, temperature, recompute=False):
     last, past = read_prompt(model, prompt, zero_memory(model, 1, 0), append, recompute)
     sees = torch.ones(1, 1, T, L + T, dtype=torch.bool, device=tokens.device).tril(L)
     after = prompt.positions.max() + 1 + torch.arange(T, device=tokens.device)
-    own, _ = run_layers(model, model.get_input_embeddings()(tokens), after.expand(3, 1, T), past,
-                        sees, append, recompute)
+    x = model.get_input_embeddings()(tokens)  # (G, T, D)
+    x, _ = run_layers(model, x, after.expand(3, 1, T), past, sees, append, recompute)
     # the features of a token predict the next one; those of the prompt's last token, the first
-    predicts = torch.cat([last.expand(G, 1, -1), own[:, :-1]], dim=1)  # (G, T, D)
+    predicts = torch.cat([last.expand(G, 1, -1), x[:, :-1]], dim=1)  # (G, T, D)
     log_p = log_probs(predicts[mask] / temperature, model.lm_head.weight, tokens[mask])
     return torch.zeros(G, T, device=tokens.device).masked_scatter(mask, log_p)
 
@@ -602,12 +602,12 @@ def rollout(model, prompts, noise, temperature, banned, end):
     first end token, at most prompt.longest. All keys and values lie in one memory: 0.45 GiB at 3B
     for 4 x 8 completions, three 448x448 views.
 
-    At each step run_layers gets one row a prompt, R = B, and the G newest tokens of a prompt stand
-    where it has T new ones, all at one position. Each sees the prompt and, of every step, the
-    column of its own completion. The mask of three completions after the third step, behind a
-    prompt of five tokens where the longest prompt has L = 7:
+    For each token run_layers gets one row a prompt, R = B; in the place of T new tokens stand the
+    newest of the G completions, all at one position. Each sees the prompt and the columns of its
+    own completion. The mask of three completions when their third tokens go in, behind a prompt of
+    five tokens where the longest prompt has L = 7:
 
-                    prompt             step 1    step 2    step 3
+                    prompt             token 1   token 2   token 3
         first       . . # # # # #      # . .     # . .     # . .
         second      . . # # # # #      . # .     . # .     . # .
         third       . . # # # # #      . . #     . . #     . . #
@@ -631,17 +631,17 @@ def rollout(model, prompts, noise, temperature, banned, end):
     budget = torch.tensor([prompt.longest for prompt in prompts], device=device)  # (B,)
     tokens = torch.zeros_like(noise, dtype=torch.long)
     log_p = torch.zeros_like(noise, dtype=torch.float32)
-    rows = torch.arange(B, device=device)  # the prompts that are still in the batch
+    rows = torch.arange(B, device=device)  # prompts that are still in memory, sees and x
     for t in range(longest):
         if t > 0 and t % 16 == 0:  # drop prompts that have ended; rarely, as it waits for the GPU
             ended = torch.isin(tokens[rows, :, :t], end).any(-1) | (budget[rows, None] <= t)
-            left = (~ended).any(-1).nonzero()[:, 0]
-            if len(left) == 0:
+            going = (~ended).any(-1).nonzero()[:, 0]
+            if len(going) == 0:
                 break
-            if len(left) < len(rows):
-                rows = rows[left]
-                sees = sees[left]
-                memory = memory[:, :, left]
+            if len(going) < len(rows):
+                rows = rows[going]
+                sees = sees[going]
+                memory = memory[:, :, going]
         if t > 0:
             newest = model.get_input_embeddings()(tokens[rows, :, t - 1])  # (B, G, D)
             positions = (after[rows] + t - 1)[:, None].expand(3, -1, G)  # (3, B, G)
@@ -653,8 +653,8 @@ def rollout(model, prompts, noise, temperature, banned, end):
         chosen, chosen_log_p = sample_tokens(logits, u, temperature, banned)
         tokens[rows, :, t] = chosen.view(-1, G)
         log_p[rows, :, t] = chosen_log_p.view(-1, G)
-    ended = torch.isin(tokens, end).long()
-    mask = ended.cumsum(-1) - ended == 0  # no end token before
+    ends = torch.isin(tokens, end).long()
+    mask = ends.cumsum(-1) - ends == 0  # no end token before
     mask &= torch.arange(longest, device=device) < budget[:, None, None]
     tokens = torch.where(mask, tokens, end[0])
     lengths = mask.any(1).sum(-1).tolist()
@@ -706,16 +706,16 @@ class Recompute(torch.autograd.Function):
             outputs = ctx.run(*inputs)
         if not isinstance(outputs, tuple):
             outputs = (outputs,)
-        used = [k for k, grad in enumerate(grads) if grad is not None]
+        used = [k for k, grad in enumerate(grads) if grad is not None]  # outputs
         torch.autograd.backward([outputs[k] for k in used], [grads[k] for k in used])
         return None, *(tensor.grad for tensor in inputs)  # None: of `run`
 
 
-def recomputed(block, run, x, *others):
-    """run(x, *others), which uses the weights of `block`, by Recompute."""
-    trains = any(p.requires_grad for p in block.parameters())
+def recomputed(module, run, x, *others):
+    """run(x, *others), which uses the weights of `module`, by Recompute."""
+    trains = any(p.requires_grad for p in module.parameters())
     if trains and torch.is_grad_enabled() and not x.requires_grad:
-        x = x.detach().requires_grad_()  # autograd asks for a second run only if an input trains
+        x = x.detach().requires_grad_()  # without an input that needs a gradient: no second run
     return Recompute.apply(run, x, *others)
 
 
@@ -730,8 +730,8 @@ class Optimizer:
 
     At lr 1e-5 most updates are smaller than the spacing of bf16 numbers, which alone would hardly
     move. So the model computes in 16 bits, while weights, gradients and moments are kept in fp32.
-    An fp32 model is its own master. fp16 gradients underflow: the loss is scaled up for them. The
-    image encoder in a whole model has a learning rate of its own.
+    An fp32 model is its own master. fp16 gradients underflow: the loss is scaled up for them.
+    Within a whole model the image encoder has a learning rate of its own.
     """
 
     def __init__(self, model, args, dtype, device):
@@ -742,12 +742,12 @@ class Optimizer:
         self.scale = 2.0**16 if dtype == torch.float16 else 1.0
         self.tensors = {}  # {name: (the model's tensor, its master)}
         groups = {}  # {lr: masters}
-        home = torch.device("cpu") if args.offload else device
+        home = torch.device("cpu") if args.offload else device  # of masters and moments
         for name, p in model.named_parameters():
             if p.requires_grad:
                 master = torch.nn.Parameter(p.data.to(home, torch.float32))
                 if dtype == torch.float32 and home == device:
-                    p.data = master.data
+                    p.data = master.data  # one tensor
                 p.register_post_accumulate_grad_hook(partial(self.take, master))
                 self.tensors[name] = p, master
                 lr = args.vision_lr if "visual." in name else args.lr
@@ -780,8 +780,8 @@ class Optimizer:
         return float(torch.stack(norms).norm())
 
     def step(self, norm):
-        """One update, its gradient, whose norm `reduce` returned, clipped. Returns whether it was
-        made: a gradient that is not finite changes nothing."""
+        """One update by the gradient, clipped; norm: what `reduce` returned. Returns whether it was
+        made: a gradient that is not finite changes nothing but the scale."""
         finite = math.isfinite(norm)
         if finite:
             self.t += 1
@@ -794,13 +794,12 @@ class Optimizer:
             self.adam.step()
             for p, master in self.tensors.values():
                 p.data.copy_(master.data)
+            if self.scale > 1 and self.good % 1000 == 0:
+                self.scale *= 2
         else:
             self.good = 0
+            self.scale = max(1.0, self.scale / 2)
         self.adam.zero_grad()
-        if self.scale > 1 and not finite:
-            self.scale /= 2
-        elif self.scale > 1 and self.good % 1000 == 0:
-            self.scale *= 2
         return finite
 
     def state(self):
@@ -835,11 +834,11 @@ def place(model, dtype, device):
 
 
 def settle(p, argv, values):
-    """The arguments of a run, in their ranges: the command line's, and `values` for the rest."""
+    """The arguments, parsed again with `values` as defaults. One out of range ends the run."""
     p.set_defaults(**values)
     args = p.parse_args(argv)
     for name, value in vars(args).items():
-        least = 0 if name in MAY_BE_0 else 1e-30
+        least = 0 if name in MAY_BE_0 else 1e-30  # above 0
         if type(value) in (int, float) and not value >= least:  # NaN is out of range as well
             p.error(f"--{name.replace('_', '-')} is out of range: {value}")
     return args
@@ -891,11 +890,12 @@ def load_model(name):
             raise ValueError("its weights are quantised; take the 16-bit model")
         if not (path / "tokenizer.json").exists() and not (path / "vocab.json").exists():
             raise ValueError("it has no tokenizer.json; copy the tokenizer's files from its source")
-        kinds = set()  # of the files themselves: config.json may say another
+        kinds = set()  # dtypes of the files themselves: config.json may say another
         for file in weight_files(path):
             with safe_open(file, framework="pt") as tensors:
                 kinds |= {tensors.get_slice(key).get_dtype() for key in tensors.keys()}
-        dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get("".join(kinds), torch.float32)
+        kind = kinds.pop() if len(kinds) == 1 else "mixed"
+        dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(kind, torch.float32)
         model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
         lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
@@ -924,15 +924,14 @@ def weight_files(path):
 
 def plain(key):
     """A tensor's name without the prefixes, which differ between files and releases."""
-    return re.sub(r"^(model\.)?(language_model\.)?", "", key)
+    return key.removeprefix("model.").removeprefix("language_model.")
 
 
 def save_model(model, source, out, optimizer):
     """Write model directory `source` to `out` with the trained tensors in place of its own.
 
-    All else leaves as it came: other tensors bit for bit, dtypes, names, shards, json files. So
-    what reads the source reads `out`. Old weights go first and new ones come last: a kill in
-    between leaves a directory that load_model names as not complete, never a mixture.
+    All else leaves as it came: other tensors bit for bit, dtypes, names, shards, json files. Old
+    weights go first, new ones come last: a kill leaves what load_model refuses, not a mixture.
     """
     masters = {p: master.detach() for p, master in optimizer.tensors.values()}
     trained = {}
@@ -989,14 +988,13 @@ def begin(args, dtype, walk, source):
             raise geometry.DataError(f"{path}: cannot be read; remove it to start over "
                                      f"({str(error).splitlines()[0]})") from None
     if not args.resume:
-        if state and state["step"] < state["steps"]:
+        if state and state["step"] < state["steps"]:  # work that would be lost
             raise geometry.DataError(
                 f"--out {out} holds a run stopped at step {state['step']} of {state['steps']}: the "
                 "same command with --resume goes on, without its checkpoint.pt one starts over")
         return identity, None
     if state is None:
-        raise geometry.DataError(f"--out {out} has no checkpoint.pt to --resume from; name the "
-                                 "run's")
+        raise geometry.DataError(f"--out {out} has no checkpoint.pt to --resume from; drop that")
     for name, value in identity.items():
         was = state["identity"].get(name)
         if was != value:
@@ -1016,7 +1014,7 @@ def save_checkpoint(out, identity, step, steps, optimizer):
 
 
 def open_logs(out, args, state, names=("log.jsonl",)):
-    """Begin logs with what runs; those of a resumed run are cut to what its checkpoint knows."""
+    """Begin each log with a line about the run; a resumed run's are cut to what was saved."""
     if state:
         for name, size in state["logs"].items():
             os.truncate(out / name, size)
@@ -1045,22 +1043,25 @@ def print_step(record, steps, left, fields):
         print(f"step {step}/{steps}  {shown}  left {timedelta(seconds=int(left))}", flush=True)
 
 
-def left_out(step, found, grad_norm, batch, missed, say):
-    """The record of a step that changed nothing; why is added to `missed`, the steps in a row."""
+def left_out(step, count, grad_norm, batch, missed, say):
+    """The record of a step that changed no weight; why is added to `missed`. count: what there was
+    to learn from, 0 if no process had a sample; batch: [(name, prepared), ...] of this process."""
     names = ", ".join(gather([name for name, _ in batch]))
-    missed.append(f"gradient norm {grad_norm}" if found else "no usable sample")
-    say(f"step {step} left out: {missed[-1]} ({names})")
-    return {"step": step, "skipped": f"{missed[-1]} ({names})"}
+    why = f"gradient norm {grad_norm}" if count else "no usable sample"
+    missed.append(why)
+    say(f"step {step} left out: {why} ({names})")
+    return {"step": step, "skipped": f"{why} ({names})"}
 
 
 def catch_signals():
     """A list that SIGINT, SIGTERM and SIGHUP, a closed terminal, are added to when they come: the
     step is finished, then all is saved."""
     stops = []
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP, nohup ignores it
-        if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
-            signal.signal(number, lambda number, _: stops.append(number))
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)  # Windows has none, under nohup it stays ignored
+    for number in numbers:
+        signal.signal(number, lambda number, _: stops.append(number))
     return stops
 
 

@@ -32,7 +32,6 @@ import math
 import os
 import pickle
 import platform
-import re
 import shutil
 import signal
 import sys
@@ -40,7 +39,6 @@ import time
 import zlib
 from datetime import timedelta
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,7 +64,7 @@ MADE_BY = {"out/pasta": "python pasta.py --grid 4",  # the stages, and what runs
            "out/sft": "python actor_sft.py --target answer",
            "out/cold_start": "python actor_sft.py --target actions",
            "out/grpo": "python actor_grpo.py"}
-MAY_BE_0 = ("seed", "warmup", "beta")  # arguments
+MAY_BE_0 = ("seed", "warmup")  # the other numbers of the command line are above 0
 
 
 def parse_args(argv=None):
@@ -124,11 +122,11 @@ def parse_args(argv=None):
     p.add_argument("--workers", type=int, default=min(8, os.cpu_count()),
                    help="threads that prepare samples ahead")
 
-    first = p.parse_args(argv)
-    actions = first.target == "actions"
+    given = p.parse_args(argv)  # other defaults depend on it
+    actions = given.target == "actions"
     values = {"model": "out/sft" if actions else "out/pasta",
-              "out": "out/sft" if first.target == "answer" else "out/cold_start"}
-    if first.data is None:  # the only place where demo and real run differ
+              "out": "out/sft" if given.target == "answer" else "out/cold_start"}
+    if given.data is None:  # the only place where demo and real run differ
         values |= {"data": "out/demo/data", "samples": 20_000, "max_pixels": 112 * 112,
                    "batch": 8, "lr": 4e-4, "vision_lr": 4e-5, "warmup": 50, "betas": [0.9, 0.98],
                    "tasks": list(geometry.MULTI_VIEW_TASKS) if actions else ["camera_turn"],
@@ -136,7 +134,7 @@ def parse_args(argv=None):
     else:
         values |= {"samples": 1_000 if actions else 10_000, "max_pixels": 448 * 448,
                    "tasks": list(geometry.MULTI_VIEW_TASKS), "batch": 1, "lr": 1e-5,
-                   "vision_lr": first.lr or 1e-5, "warmup": 0, "betas": [0.9, 0.999]}
+                   "vision_lr": given.lr or 1e-5, "warmup": 0, "betas": [0.9, 0.999]}
     return settle(p, argv, values)
 
 
@@ -144,30 +142,30 @@ def parse_args(argv=None):
 
 
 class Example(NamedTuple):
-    """A sample as tokens: ids (L,), the first `prompt` of them asked, the others taught."""
+    """A sample as tokens: ids (L,), the first prompt_length of them asked, the others taught."""
 
     id: str
     ids: torch.Tensor
-    prompt: int
+    prompt_length: int
     images: dict
     gold: rewards.Gold
-    form: str  # "answer" or "actions"
+    target: str  # "answer" or "actions"
 
 
-def make_example(sample, args, tokenizer, processor, form=None, dtype=torch.float32):
+def make_example(sample, args, tokenizer, processor, target=None, dtype=torch.float32):
     """The Example of a geometry.Sample.
 
-    form: "answer" or "actions"; None leaves it to --target. dtype: what the pixels are cast to.
+    target: "answer" or "actions"; None leaves it to --target. dtype: what the pixels are cast to.
     """
-    if form is None and args.target == "mixed":
+    target = target or args.target
+    if target == "mixed":
         # a hash, uniform in [0, 1): the same whenever this sample is drawn, wherever the tree lies
         names = ["/".join(path.parts[-3:]) for path in sample.images]
         text = f"{args.seed} {sample.id} {sample.question} {names}"
-        drawn = zlib.crc32(text.encode(errors="replace")) / 2**32
-        form = "actions" if drawn < args.mix else "answer"
-    form = form or args.target
-    gold = rewards.gold_of(sample, plans=form == "actions")  # trees without poses do for answers
-    if form == "actions":
+        uniform = zlib.crc32(text.encode(errors="replace")) / 2**32
+        target = "actions" if uniform < args.mix else "answer"
+    gold = rewards.gold_of(sample, plans=target == "actions")  # trees without poses do for answers
+    if target == "actions":
         instruction = rewards.ACTION_INSTRUCTION
         response = rewards.write_response(gold.actions, gold.answer)
     else:
@@ -181,7 +179,7 @@ def make_example(sample, args, tokenizer, processor, form=None, dtype=torch.floa
     except TypeError as error:
         raise geometry.DataError(f"{sample.id}: its answer cannot be encoded ({error})") from None
     images["pixel_values"] = images["pixel_values"].to(dtype)
-    return Example(sample.id, torch.tensor(prompt + taught), len(prompt), images, gold, form)
+    return Example(sample.id, torch.tensor(prompt + taught), len(prompt), images, gold, target)
 
 
 def response_log_probs(model, example):
@@ -192,8 +190,9 @@ def response_log_probs(model, example):
         pixel_values=example.images["pixel_values"].to(model.device),
         image_grid_thw=example.images["image_grid_thw"].to(model.device),
         use_cache=False).last_hidden_state[0]  # (L, D); a cache would grow again in recomputing
+    taught = ids[example.prompt_length:]  # (T,)
     # the features of a token predict the one after it
-    return log_probs(hidden[example.prompt - 1:-1], model.lm_head.weight, ids[example.prompt:])
+    return log_probs(hidden[-len(taught) - 1:-1], model.lm_head.weight, taught)
 
 
 def log_probs(hidden, weight, targets, chunk=128):
@@ -251,9 +250,9 @@ def main(argv=None):
         optimizer.load(state["optimizer"])
     if rank == 0:
         open_logs(out, args, state)
-        form = "answer" if args.target == "answer" else "actions"
-        samples = list(islice(walk.heldout_samples(), args.heldout))
-        heldout = walk.prepared(partial(prepare, form=form), samples, args.workers)
+        target = "answer" if args.target == "answer" else "actions"
+        samples = list(itertools.islice(walk.heldout_samples(), args.heldout))
+        heldout = walk.prepared(partial(prepare, target=target), samples, args.workers)
         blind = constants(heldout)
         if not state:
             progress, _ = evaluate_responses(model, tokenizer, heldout)
@@ -270,12 +269,12 @@ def main(argv=None):
         tick = time.monotonic()
         examples = [example for _, example in batch if example]
         # the mean over the response tokens of all processes, so that their gradients add up
-        tokens = sum(gather([len(example.ids) - example.prompt for example in examples]))
+        tokens = sum(gather([len(example.ids) - example.prompt_length for example in examples]))
         loss = 0.0
         for example in examples:
-            share = -response_log_probs(model, example).sum() / tokens
-            optimizer.backward(share)
-            loss += share.item()
+            part = -response_log_probs(model, example).sum() / tokens
+            optimizer.backward(part)
+            loss += part.item()
         grad_norm = optimizer.reduce()
         moved = tokens > 0 and optimizer.step(grad_norm)
 
@@ -294,10 +293,10 @@ def main(argv=None):
                 record |= progress
                 say(f"step {step}  {heldout_line(progress)}")
             write_line(out / "log.jsonl", record)
+            if saves:  # before a line is printed: a closed terminal takes none
+                save_checkpoint(out, identity, step, args.steps, optimizer)
             left = (time.monotonic() - begun) / (step - start) * (args.steps - step)
             print_step(record, args.steps, left, ("loss", "grad_norm", "tokens_per_s"))
-            if saves:
-                save_checkpoint(out, identity, step, args.steps, optimizer)
         if stop:
             gather([])  # wait until the first has saved: torchrun ends all when one ends
             say(f"stopped after step {step}; the same command with --resume goes on")
@@ -338,8 +337,8 @@ def evaluate_responses(model, tokenizer, examples, batch=16):
         some = examples[start:start + batch]
         with torch.no_grad():
             log_p += [response_log_probs(model, example) for example in some]
-        prompts = [(e.ids[:e.prompt].tolist(), e.images) for e in some]
-        longest = [16 + 2 * (len(e.ids) - e.prompt)  # not in the paper: longest completion
+        prompts = [(e.ids[:e.prompt_length].tolist(), e.images) for e in some]
+        longest = [16 + 2 * (len(e.ids) - e.prompt_length)  # not in the paper: longest completion
                    for e in some]
         texts += generate_greedily(model, tokenizer, prompts, longest)
     lost = [example.id for example, text in zip(examples, texts) if text is None]
@@ -349,7 +348,7 @@ def evaluate_responses(model, tokenizer, examples, batch=16):
     values = {"format": [], "action": [], "action_turns": [], "answer": []}
     for example, text in zip(examples, texts):
         gold = example.gold
-        if example.form == "answer":
+        if example.target == "answer":
             values["answer"].append(
                 rewards.answer_reward(text, gold.answer, gold.task, gold.kind))
             continue
@@ -367,7 +366,7 @@ def evaluate_responses(model, tokenizer, examples, batch=16):
 
 def constants(examples):
     """What a model that sees nothing can reach: R_act of the best plan that is the same for all."""
-    if examples[0].form == "answer":
+    if examples[0].target == "answer":
         return {}
     golds = [example.gold.actions for example in examples]
     turns = [gold for gold in golds if rewards.only_turns(gold)]
@@ -391,12 +390,8 @@ def generate_greedily(model, tokenizer, prompts, longest):
     """
     end = tokenizer.convert_tokens_to_ids(rewards.END)
     L = max(len(ids) for ids, _ in prompts)
-    rows = []
-    seen = []
-    for ids, _ in prompts:
-        padding = L - len(ids)
-        rows.append([end[0]] * padding + list(ids))
-        seen.append([0] * padding + [1] * len(ids))
+    rows = [[end[0]] * (L - len(ids)) + list(ids) for ids, _ in prompts]
+    seen = [[0] * (L - len(ids)) + [1] * len(ids) for ids, _ in prompts]
     rows = torch.tensor(rows, device=model.device)  # (B, L)
     pixels = torch.cat([images["pixel_values"] for _, images in prompts])
     grids = torch.cat([images["image_grid_thw"] for _, images in prompts])
@@ -410,22 +405,22 @@ def generate_greedily(model, tokenizer, prompts, longest):
             max_new_tokens=max(longest), do_sample=False, eos_token_id=end, pad_token_id=end[0],
             logits_processor=[partial(count_sound, sound, L)])
     texts = []
-    for tokens, budget, certain in zip(written[:, L:].tolist(), longest, sound.tolist()):
+    for tokens, budget, sound_tokens in zip(written[:, L:].tolist(), longest, sound.tolist()):
         tokens = tokens[:budget]
         length = min([k for k, token in enumerate(tokens) if token in end], default=len(tokens))
-        decided = min(length + 1, len(tokens))  # tokens that had to be chosen: the end one as well
-        texts.append(tokenizer.decode(tokens[:length]) if certain >= decided else None)
+        chosen = min(length + 1, len(tokens))  # the end token, too, if there is one
+        texts.append(tokenizer.decode(tokens[:length]) if sound_tokens >= chosen else None)
     return texts
 
 
 def count_sound(sound, L, ids, logits):
-    """Count in `sound` (B,), for each row, the tokens before the first whose logits hold NaN or
-    +inf. It is changed in place and stays on the device, so that no token waits for the host.
+    """Called by `generate` before it chooses each token: ids (B, L + t), logits (B, W).
 
-    `generate` calls this before it chooses each token: ids (B, L + t), logits (B, W).
+    Counts in `sound` (B,), in place, each row's tokens before the first whose logits hold NaN or
+    +inf. It stays on the device, so that no token waits for the host.
     """
     fine = (logits < math.inf).all(-1)
-    sound += fine & (sound == ids.shape[1] - L)
+    sound += fine & (sound == ids.shape[1] - L)  # as long as all t before were sound
     return logits
 
 
@@ -452,16 +447,16 @@ class Recompute(torch.autograd.Function):
             outputs = ctx.run(*inputs)
         if not isinstance(outputs, tuple):
             outputs = (outputs,)
-        used = [k for k, grad in enumerate(grads) if grad is not None]
+        used = [k for k, grad in enumerate(grads) if grad is not None]  # outputs
         torch.autograd.backward([outputs[k] for k in used], [grads[k] for k in used])
         return None, *(tensor.grad for tensor in inputs)  # None: of `run`
 
 
-def recomputed(block, run, x, *others):
-    """run(x, *others), which uses the weights of `block`, by Recompute."""
-    trains = any(p.requires_grad for p in block.parameters())
+def recomputed(module, run, x, *others):
+    """run(x, *others), which uses the weights of `module`, by Recompute."""
+    trains = any(p.requires_grad for p in module.parameters())
     if trains and torch.is_grad_enabled() and not x.requires_grad:
-        x = x.detach().requires_grad_()  # autograd asks for a second run only if an input trains
+        x = x.detach().requires_grad_()  # without an input that needs a gradient: no second run
     return Recompute.apply(run, x, *others)
 
 
@@ -476,8 +471,8 @@ class Optimizer:
 
     At lr 1e-5 most updates are smaller than the spacing of bf16 numbers, which alone would hardly
     move. So the model computes in 16 bits, while weights, gradients and moments are kept in fp32.
-    An fp32 model is its own master. fp16 gradients underflow: the loss is scaled up for them. The
-    image encoder in a whole model has a learning rate of its own.
+    An fp32 model is its own master. fp16 gradients underflow: the loss is scaled up for them.
+    Within a whole model the image encoder has a learning rate of its own.
     """
 
     def __init__(self, model, args, dtype, device):
@@ -488,12 +483,12 @@ class Optimizer:
         self.scale = 2.0**16 if dtype == torch.float16 else 1.0
         self.tensors = {}  # {name: (the model's tensor, its master)}
         groups = {}  # {lr: masters}
-        home = torch.device("cpu") if args.offload else device
+        home = torch.device("cpu") if args.offload else device  # of masters and moments
         for name, p in model.named_parameters():
             if p.requires_grad:
                 master = torch.nn.Parameter(p.data.to(home, torch.float32))
                 if dtype == torch.float32 and home == device:
-                    p.data = master.data
+                    p.data = master.data  # one tensor
                 p.register_post_accumulate_grad_hook(partial(self.take, master))
                 self.tensors[name] = p, master
                 lr = args.vision_lr if "visual." in name else args.lr
@@ -526,8 +521,8 @@ class Optimizer:
         return float(torch.stack(norms).norm())
 
     def step(self, norm):
-        """One update, its gradient, whose norm `reduce` returned, clipped. Returns whether it was
-        made: a gradient that is not finite changes nothing."""
+        """One update by the gradient, clipped; norm: what `reduce` returned. Returns whether it was
+        made: a gradient that is not finite changes nothing but the scale."""
         finite = math.isfinite(norm)
         if finite:
             self.t += 1
@@ -540,13 +535,12 @@ class Optimizer:
             self.adam.step()
             for p, master in self.tensors.values():
                 p.data.copy_(master.data)
+            if self.scale > 1 and self.good % 1000 == 0:
+                self.scale *= 2
         else:
             self.good = 0
+            self.scale = max(1.0, self.scale / 2)
         self.adam.zero_grad()
-        if self.scale > 1 and not finite:
-            self.scale /= 2
-        elif self.scale > 1 and self.good % 1000 == 0:
-            self.scale *= 2
         return finite
 
     def state(self):
@@ -581,11 +575,11 @@ def place(model, dtype, device):
 
 
 def settle(p, argv, values):
-    """The arguments of a run, in their ranges: the command line's, and `values` for the rest."""
+    """The arguments, parsed again with `values` as defaults. One out of range ends the run."""
     p.set_defaults(**values)
     args = p.parse_args(argv)
     for name, value in vars(args).items():
-        least = 0 if name in MAY_BE_0 else 1e-30
+        least = 0 if name in MAY_BE_0 else 1e-30  # above 0
         if type(value) in (int, float) and not value >= least:  # NaN is out of range as well
             p.error(f"--{name.replace('_', '-')} is out of range: {value}")
     return args
@@ -637,11 +631,12 @@ def load_model(name):
             raise ValueError("its weights are quantised; take the 16-bit model")
         if not (path / "tokenizer.json").exists() and not (path / "vocab.json").exists():
             raise ValueError("it has no tokenizer.json; copy the tokenizer's files from its source")
-        kinds = set()  # of the files themselves: config.json may say another
+        kinds = set()  # dtypes of the files themselves: config.json may say another
         for file in weight_files(path):
             with safe_open(file, framework="pt") as tensors:
                 kinds |= {tensors.get_slice(key).get_dtype() for key in tensors.keys()}
-        dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get("".join(kinds), torch.float32)
+        kind = kinds.pop() if len(kinds) == 1 else "mixed"
+        dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(kind, torch.float32)
         model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
         lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
@@ -670,15 +665,14 @@ def weight_files(path):
 
 def plain(key):
     """A tensor's name without the prefixes, which differ between files and releases."""
-    return re.sub(r"^(model\.)?(language_model\.)?", "", key)
+    return key.removeprefix("model.").removeprefix("language_model.")
 
 
 def save_model(model, source, out, optimizer):
     """Write model directory `source` to `out` with the trained tensors in place of its own.
 
-    All else leaves as it came: other tensors bit for bit, dtypes, names, shards, json files. So
-    what reads the source reads `out`. Old weights go first and new ones come last: a kill in
-    between leaves a directory that load_model names as not complete, never a mixture.
+    All else leaves as it came: other tensors bit for bit, dtypes, names, shards, json files. Old
+    weights go first, new ones come last: a kill leaves what load_model refuses, not a mixture.
     """
     masters = {p: master.detach() for p, master in optimizer.tensors.values()}
     trained = {}
@@ -735,14 +729,13 @@ def begin(args, dtype, walk, source):
             raise geometry.DataError(f"{path}: cannot be read; remove it to start over "
                                      f"({str(error).splitlines()[0]})") from None
     if not args.resume:
-        if state and state["step"] < state["steps"]:
+        if state and state["step"] < state["steps"]:  # work that would be lost
             raise geometry.DataError(
                 f"--out {out} holds a run stopped at step {state['step']} of {state['steps']}: the "
                 "same command with --resume goes on, without its checkpoint.pt one starts over")
         return identity, None
     if state is None:
-        raise geometry.DataError(f"--out {out} has no checkpoint.pt to --resume from; name the "
-                                 "run's")
+        raise geometry.DataError(f"--out {out} has no checkpoint.pt to --resume from; drop that")
     for name, value in identity.items():
         was = state["identity"].get(name)
         if was != value:
@@ -762,7 +755,7 @@ def save_checkpoint(out, identity, step, steps, optimizer):
 
 
 def open_logs(out, args, state, names=("log.jsonl",)):
-    """Begin logs with what runs; those of a resumed run are cut to what its checkpoint knows."""
+    """Begin each log with a line about the run; a resumed run's are cut to what was saved."""
     if state:
         for name, size in state["logs"].items():
             os.truncate(out / name, size)
@@ -791,22 +784,25 @@ def print_step(record, steps, left, fields):
         print(f"step {step}/{steps}  {shown}  left {timedelta(seconds=int(left))}", flush=True)
 
 
-def left_out(step, found, grad_norm, batch, missed, say):
-    """The record of a step that changed nothing; why is added to `missed`, the steps in a row."""
+def left_out(step, count, grad_norm, batch, missed, say):
+    """The record of a step that changed no weight; why is added to `missed`. count: what there was
+    to learn from, 0 if no process had a sample; batch: [(name, prepared), ...] of this process."""
     names = ", ".join(gather([name for name, _ in batch]))
-    missed.append(f"gradient norm {grad_norm}" if found else "no usable sample")
-    say(f"step {step} left out: {missed[-1]} ({names})")
-    return {"step": step, "skipped": f"{missed[-1]} ({names})"}
+    why = f"gradient norm {grad_norm}" if count else "no usable sample"
+    missed.append(why)
+    say(f"step {step} left out: {why} ({names})")
+    return {"step": step, "skipped": f"{why} ({names})"}
 
 
 def catch_signals():
     """A list that SIGINT, SIGTERM and SIGHUP, a closed terminal, are added to when they come: the
     step is finished, then all is saved."""
     stops = []
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP, nohup ignores it
-        if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
-            signal.signal(number, lambda number, _: stops.append(number))
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)  # Windows has none, under nohup it stays ignored
+    for number in numbers:
+        signal.signal(number, lambda number, _: stops.append(number))
     return stops
 
 

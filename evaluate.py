@@ -279,12 +279,8 @@ def generate_greedily(model, tokenizer, prompts, longest):
     """
     end = tokenizer.convert_tokens_to_ids(rewards.END)
     L = max(len(ids) for ids, _ in prompts)
-    rows = []
-    seen = []
-    for ids, _ in prompts:
-        padding = L - len(ids)
-        rows.append([end[0]] * padding + list(ids))
-        seen.append([0] * padding + [1] * len(ids))
+    rows = [[end[0]] * (L - len(ids)) + list(ids) for ids, _ in prompts]
+    seen = [[0] * (L - len(ids)) + [1] * len(ids) for ids, _ in prompts]
     rows = torch.tensor(rows, device=model.device)  # (B, L)
     pixels = torch.cat([images["pixel_values"] for _, images in prompts])
     grids = torch.cat([images["image_grid_thw"] for _, images in prompts])
@@ -298,22 +294,22 @@ def generate_greedily(model, tokenizer, prompts, longest):
             max_new_tokens=max(longest), do_sample=False, eos_token_id=end, pad_token_id=end[0],
             logits_processor=[partial(count_sound, sound, L)])
     texts = []
-    for tokens, budget, certain in zip(written[:, L:].tolist(), longest, sound.tolist()):
+    for tokens, budget, sound_tokens in zip(written[:, L:].tolist(), longest, sound.tolist()):
         tokens = tokens[:budget]
         length = min([k for k, token in enumerate(tokens) if token in end], default=len(tokens))
-        decided = min(length + 1, len(tokens))  # tokens that had to be chosen: the end one as well
-        texts.append(tokenizer.decode(tokens[:length]) if certain >= decided else None)
+        chosen = min(length + 1, len(tokens))  # the end token, too, if there is one
+        texts.append(tokenizer.decode(tokens[:length]) if sound_tokens >= chosen else None)
     return texts
 
 
 def count_sound(sound, L, ids, logits):
-    """Count in `sound` (B,), for each row, the tokens before the first whose logits hold NaN or
-    +inf. It is changed in place and stays on the device, so that no token waits for the host.
+    """Called by `generate` before it chooses each token: ids (B, L + t), logits (B, W).
 
-    `generate` calls this before it chooses each token: ids (B, L + t), logits (B, W).
+    Counts in `sound` (B,), in place, each row's tokens before the first whose logits hold NaN or
+    +inf. It stays on the device, so that no token waits for the host.
     """
     fine = (logits < math.inf).all(-1)
-    sound += fine & (sound == ids.shape[1] - L)
+    sound += fine & (sound == ids.shape[1] - L)  # as long as all t before were sound
     return logits
 
 
@@ -1229,11 +1225,12 @@ def load_model(name):
             raise ValueError("its weights are quantised; take the 16-bit model")
         if not (path / "tokenizer.json").exists() and not (path / "vocab.json").exists():
             raise ValueError("it has no tokenizer.json; copy the tokenizer's files from its source")
-        kinds = set()  # of the files themselves: config.json may say another
+        kinds = set()  # dtypes of the files themselves: config.json may say another
         for file in weight_files(path):
             with safe_open(file, framework="pt") as tensors:
                 kinds |= {tensors.get_slice(key).get_dtype() for key in tensors.keys()}
-        dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get("".join(kinds), torch.float32)
+        kind = kinds.pop() if len(kinds) == 1 else "mixed"
+        dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(kind, torch.float32)
         model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
         lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))

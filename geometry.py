@@ -39,7 +39,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -93,8 +92,8 @@ def project(points_world, K, cam2world):
     """
     R = cam2world[:3, :3]
     c = cam2world[:3, 3:]
-    points_world = np.moveaxis(np.asarray(points_world), -1, 0)  # (3, ...)
-    x, y, z = (R.T @ (points_world.reshape(3, -1) - c)).reshape(points_world.shape)  # camera frame
+    points = np.moveaxis(np.asarray(points_world), -1, 0)  # (3, ...)
+    x, y, z = (R.T @ (points.reshape(3, -1) - c)).reshape(points.shape)  # in the camera's frame
     with np.errstate(divide="ignore", invalid="ignore"):
         uv = np.stack([x / z * K[0, 0] + K[0, 2], y / z * K[1, 1] + K[1, 2]])
     return np.moveaxis(uv, 0, -1), z
@@ -186,7 +185,7 @@ def actions_from_pose(pose):
     level = math.hypot(x, z)
     right = up = forward = rise = 0
     if distance >= AIM_MIN and math.atan2(abs(y), level) > STEEP:
-        rise = -y  # what is left to aim at is level with the camera
+        rise = -y  # what is left of the way is level
         y = 0
         distance = level
     if distance >= AIM_MIN:
@@ -194,7 +193,7 @@ def actions_from_pose(pose):
         up = round(math.degrees(math.atan2(-y, level)))
         forward = distance
     aim = pose_from_actions([{"turn_right_deg": right}, {"turn_up_deg": up}])
-    # the gaze in the frame that the aim left behind; the other two axes are not asked
+    # where the target camera looks, seen from the aimed one; its other two axes are not asked
     gaze = aim[:3, :3].T @ pose[:3, 2]  # not in the paper: roll
     gaze_right = round(math.degrees(math.atan2(gaze[0], gaze[2])))
     gaze_up = round(math.degrees(math.atan2(-gaze[1], math.hypot(gaze[0], gaze[2]))))
@@ -621,7 +620,7 @@ class Walk:
             self.val = self.samples
             self.has_val = False
         shuffled = np.random.default_rng([seed, 0]).permutation(len(self.samples)).tolist()
-        self.drawn = list(islice(filter(self.may_train, shuffled), count))
+        self.drawn = list(itertools.islice(filter(self.may_train, shuffled), count))
         if not self.drawn or next(self.heldout_samples(), None) is None:
             raise DataError(f"{root}: too few samples to train on some and hold out others; add "
                             f"samples, or a val folder beside train{self.first_problem()}")

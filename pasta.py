@@ -32,14 +32,12 @@ import math
 import os
 import pickle
 import platform
-import re
 import shutil
 import signal
 import sys
 import time
 from datetime import timedelta
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 # Torch reads this when it is imported. Without it, freed memory is left in pieces of no use.
@@ -118,8 +116,8 @@ def parse_args(argv=None):
     p.add_argument("--workers", type=int, default=min(8, os.cpu_count()),
                    help="threads that prepare images and overlaps ahead")
 
-    first = p.parse_args(argv)
-    demo = first.data is None
+    given = p.parse_args(argv)  # other defaults depend on it
+    demo = given.data is None
     if demo:  # without --data
         values = {"model": "out/demo/model", "data": "out/demo/data", "batch": 4, "lr": 1e-3,
                   "steps": 1000, "max_pixels": 112 * 112, "no_recompute": True}
@@ -147,7 +145,8 @@ def cell_features(tokens, n):
 
 
 def cell_weights(length, n, device):
-    """(n, length): the share of cell k that each of `length` equal tokens fills; rows sum to 1."""
+    """(n, length): the share of cell k that each of `length` equal tokens fills, such as
+    [[2/3, 1/3, 0], [0, 1/3, 2/3]] for 3 tokens and 2 cells."""
     edges = torch.arange(n + 1, device=device) * (length / n)  # not in the paper: pooling
     low = edges[:-1, None]
     high = edges[1:, None]
@@ -197,11 +196,10 @@ def alignment_loss(e, pairs, count, args):
 
 
 def encode(encoder, pixels, grids, n):
-    """Patch features of V images, sizes may differ: pixels (all patches, 1176), grids (V, 3) of
-    frames, rows and columns of patches, as the image processor has them -> list of e (P, D)."""
-    device = encoder.patch_embed.proj.weight.device
-    merge = encoder.config.spatial_merge_size
-    encoded = encoder(pixels.to(device), grid_thw=grids.to(device))
+    """Patch features of V images of any sizes -> list of e (P, D). As the image processor has them:
+    pixels (all squares of 14 x 14, 1176), grids (V, 3) of frames, rows and columns of squares."""
+    merge = encoder.config.spatial_merge_size  # so many squares a side are one token
+    encoded = encoder(pixels.to(encoder.device), grid_thw=grids.to(encoder.device))
     # what the language model reads, in raster order; last_hidden_state is in the order of the
     # attention windows, which is the same only in small images
     tokens = encoded.pooler_output  # (sum of h w, D)  # not in the paper: which features
@@ -226,8 +224,8 @@ def matches(S, e_x, e_y):
 
 
 def prepare(sample, args, processor, dtype=torch.float32):
-    """What a step needs of a sample: its views, the encoder's pixels, in dtype, and grids, and the
-    (x, y, S) of all pairs of its views, x < y. Raises DataError if one of them cannot be used."""
+    """What a step needs of a sample: views; pixels, in dtype, and grids as `encode` takes them; the
+    (x, y, S) of all pairs of views, x < y. Raises DataError if one of them cannot be used."""
     views = sample.views()
     pairs = []
     pictures = [view.image for view in views]  # not in the paper: markers
@@ -243,12 +241,12 @@ def prepare(sample, args, processor, dtype=torch.float32):
 
 def heldout_pairs(walk, count):
     """`count` different held-out pairs of frames, or as many as there are: Samples of two views."""
-    by_images = {}
-    for sample in islice(walk.heldout_samples(), 1000 + 20 * count):
+    by_images = {}  # many samples show the same pair
+    for sample in itertools.islice(walk.heldout_samples(), 1000 + 20 * count):
         for x, y in itertools.combinations(range(len(sample.images)), 2):
             images = [sample.images[x], sample.images[y]]
             depths = [sample.depths[x], sample.depths[y]]
-            if walk.has_val or geometry.is_held_out(images):
+            if walk.has_val or geometry.is_held_out(images):  # the held-out frame may be the third
                 pair = dataclasses.replace(sample, images=images, depths=depths)
                 by_images.setdefault(frozenset(images), pair)
     pairs = list(by_images.values())
@@ -285,9 +283,8 @@ def main(argv=None):
 
     # the model's image encoder in the working dtype, with fp32 masters
     encoder = model.model.visual
-    count = sum(p.numel() for p in encoder.parameters())
-    say(f"model   {args.model}: the image encoder trains, {count:,} parameters, {dtype} on "
-        f"{device}")
+    size = sum(p.numel() for p in encoder.parameters())
+    say(f"model   {args.model}: the image encoder trains, {size:,} parameters, {dtype} on {device}")
     say(memory_line(encoder, 1, args, dtype, device))
     if not args.no_recompute:
         for block in encoder.blocks:
@@ -351,10 +348,10 @@ def main(argv=None):
                 say(f"step {step}  match accuracy {record['match_accuracy']:.1%} of held-out "
                     f"patches, excess {record['heldout_excess']:.3f}, drift {record['drift']:.2f}")
             write_line(out / "log.jsonl", record)
+            if saves:  # before a line is printed: a closed terminal takes none
+                save_checkpoint(out, identity, step, args.steps, optimizer)
             left = (time.monotonic() - begun) / (step - start) * (args.steps - step)
             print_step(record, args.steps, left, ("loss", "excess", "grad_norm", "pairs_per_s"))
-            if saves:
-                save_checkpoint(out, identity, step, args.steps, optimizer)
         if stop:
             gather([])  # wait until the first has saved: torchrun ends all when one ends
             say(f"stopped after step {step}; the same command with --resume goes on")
@@ -478,16 +475,16 @@ class Recompute(torch.autograd.Function):
             outputs = ctx.run(*inputs)
         if not isinstance(outputs, tuple):
             outputs = (outputs,)
-        used = [k for k, grad in enumerate(grads) if grad is not None]
+        used = [k for k, grad in enumerate(grads) if grad is not None]  # outputs
         torch.autograd.backward([outputs[k] for k in used], [grads[k] for k in used])
         return None, *(tensor.grad for tensor in inputs)  # None: of `run`
 
 
-def recomputed(block, run, x, *others):
-    """run(x, *others), which uses the weights of `block`, by Recompute."""
-    trains = any(p.requires_grad for p in block.parameters())
+def recomputed(module, run, x, *others):
+    """run(x, *others), which uses the weights of `module`, by Recompute."""
+    trains = any(p.requires_grad for p in module.parameters())
     if trains and torch.is_grad_enabled() and not x.requires_grad:
-        x = x.detach().requires_grad_()  # autograd asks for a second run only if an input trains
+        x = x.detach().requires_grad_()  # without an input that needs a gradient: no second run
     return Recompute.apply(run, x, *others)
 
 
@@ -502,8 +499,8 @@ class Optimizer:
 
     At lr 1e-5 most updates are smaller than the spacing of bf16 numbers, which alone would hardly
     move. So the model computes in 16 bits, while weights, gradients and moments are kept in fp32.
-    An fp32 model is its own master. fp16 gradients underflow: the loss is scaled up for them. The
-    image encoder in a whole model has a learning rate of its own.
+    An fp32 model is its own master. fp16 gradients underflow: the loss is scaled up for them.
+    Within a whole model the image encoder has a learning rate of its own.
     """
 
     def __init__(self, model, args, dtype, device):
@@ -514,12 +511,12 @@ class Optimizer:
         self.scale = 2.0**16 if dtype == torch.float16 else 1.0
         self.tensors = {}  # {name: (the model's tensor, its master)}
         groups = {}  # {lr: masters}
-        home = torch.device("cpu") if args.offload else device
+        home = torch.device("cpu") if args.offload else device  # of masters and moments
         for name, p in model.named_parameters():
             if p.requires_grad:
                 master = torch.nn.Parameter(p.data.to(home, torch.float32))
                 if dtype == torch.float32 and home == device:
-                    p.data = master.data
+                    p.data = master.data  # one tensor
                 p.register_post_accumulate_grad_hook(partial(self.take, master))
                 self.tensors[name] = p, master
                 lr = args.vision_lr if "visual." in name else args.lr
@@ -552,8 +549,8 @@ class Optimizer:
         return float(torch.stack(norms).norm())
 
     def step(self, norm):
-        """One update, its gradient, whose norm `reduce` returned, clipped. Returns whether it was
-        made: a gradient that is not finite changes nothing."""
+        """One update by the gradient, clipped; norm: what `reduce` returned. Returns whether it was
+        made: a gradient that is not finite changes nothing but the scale."""
         finite = math.isfinite(norm)
         if finite:
             self.t += 1
@@ -566,13 +563,12 @@ class Optimizer:
             self.adam.step()
             for p, master in self.tensors.values():
                 p.data.copy_(master.data)
+            if self.scale > 1 and self.good % 1000 == 0:
+                self.scale *= 2
         else:
             self.good = 0
+            self.scale = max(1.0, self.scale / 2)
         self.adam.zero_grad()
-        if self.scale > 1 and not finite:
-            self.scale /= 2
-        elif self.scale > 1 and self.good % 1000 == 0:
-            self.scale *= 2
         return finite
 
     def state(self):
@@ -607,11 +603,11 @@ def place(model, dtype, device):
 
 
 def settle(p, argv, values):
-    """The arguments of a run, in their ranges: the command line's, and `values` for the rest."""
+    """The arguments, parsed again with `values` as defaults. One out of range ends the run."""
     p.set_defaults(**values)
     args = p.parse_args(argv)
     for name, value in vars(args).items():
-        least = 0 if name in MAY_BE_0 else 1e-30
+        least = 0 if name in MAY_BE_0 else 1e-30  # above 0
         if type(value) in (int, float) and not value >= least:  # NaN is out of range as well
             p.error(f"--{name.replace('_', '-')} is out of range: {value}")
     return args
@@ -663,11 +659,12 @@ def load_model(name):
             raise ValueError("its weights are quantised; take the 16-bit model")
         if not (path / "tokenizer.json").exists() and not (path / "vocab.json").exists():
             raise ValueError("it has no tokenizer.json; copy the tokenizer's files from its source")
-        kinds = set()  # of the files themselves: config.json may say another
+        kinds = set()  # dtypes of the files themselves: config.json may say another
         for file in weight_files(path):
             with safe_open(file, framework="pt") as tensors:
                 kinds |= {tensors.get_slice(key).get_dtype() for key in tensors.keys()}
-        dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get("".join(kinds), torch.float32)
+        kind = kinds.pop() if len(kinds) == 1 else "mixed"
+        dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(kind, torch.float32)
         model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
         lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
@@ -696,15 +693,14 @@ def weight_files(path):
 
 def plain(key):
     """A tensor's name without the prefixes, which differ between files and releases."""
-    return re.sub(r"^(model\.)?(language_model\.)?", "", key)
+    return key.removeprefix("model.").removeprefix("language_model.")
 
 
 def save_model(model, source, out, optimizer):
     """Write model directory `source` to `out` with the trained tensors in place of its own.
 
-    All else leaves as it came: other tensors bit for bit, dtypes, names, shards, json files. So
-    what reads the source reads `out`. Old weights go first and new ones come last: a kill in
-    between leaves a directory that load_model names as not complete, never a mixture.
+    All else leaves as it came: other tensors bit for bit, dtypes, names, shards, json files. Old
+    weights go first, new ones come last: a kill leaves what load_model refuses, not a mixture.
     """
     masters = {p: master.detach() for p, master in optimizer.tensors.values()}
     trained = {}
@@ -761,14 +757,13 @@ def begin(args, dtype, walk, source):
             raise geometry.DataError(f"{path}: cannot be read; remove it to start over "
                                      f"({str(error).splitlines()[0]})") from None
     if not args.resume:
-        if state and state["step"] < state["steps"]:
+        if state and state["step"] < state["steps"]:  # work that would be lost
             raise geometry.DataError(
                 f"--out {out} holds a run stopped at step {state['step']} of {state['steps']}: the "
                 "same command with --resume goes on, without its checkpoint.pt one starts over")
         return identity, None
     if state is None:
-        raise geometry.DataError(f"--out {out} has no checkpoint.pt to --resume from; name the "
-                                 "run's")
+        raise geometry.DataError(f"--out {out} has no checkpoint.pt to --resume from; drop that")
     for name, value in identity.items():
         was = state["identity"].get(name)
         if was != value:
@@ -788,7 +783,7 @@ def save_checkpoint(out, identity, step, steps, optimizer):
 
 
 def open_logs(out, args, state, names=("log.jsonl",)):
-    """Begin logs with what runs; those of a resumed run are cut to what its checkpoint knows."""
+    """Begin each log with a line about the run; a resumed run's are cut to what was saved."""
     if state:
         for name, size in state["logs"].items():
             os.truncate(out / name, size)
@@ -817,22 +812,25 @@ def print_step(record, steps, left, fields):
         print(f"step {step}/{steps}  {shown}  left {timedelta(seconds=int(left))}", flush=True)
 
 
-def left_out(step, found, grad_norm, batch, missed, say):
-    """The record of a step that changed nothing; why is added to `missed`, the steps in a row."""
+def left_out(step, count, grad_norm, batch, missed, say):
+    """The record of a step that changed no weight; why is added to `missed`. count: what there was
+    to learn from, 0 if no process had a sample; batch: [(name, prepared), ...] of this process."""
     names = ", ".join(gather([name for name, _ in batch]))
-    missed.append(f"gradient norm {grad_norm}" if found else "no usable sample")
-    say(f"step {step} left out: {missed[-1]} ({names})")
-    return {"step": step, "skipped": f"{missed[-1]} ({names})"}
+    why = f"gradient norm {grad_norm}" if count else "no usable sample"
+    missed.append(why)
+    say(f"step {step} left out: {why} ({names})")
+    return {"step": step, "skipped": f"{why} ({names})"}
 
 
 def catch_signals():
     """A list that SIGINT, SIGTERM and SIGHUP, a closed terminal, are added to when they come: the
     step is finished, then all is saved."""
     stops = []
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP, nohup ignores it
-        if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
-            signal.signal(number, lambda number, _: stops.append(number))
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)  # Windows has none, under nohup it stays ignored
+    for number in numbers:
+        signal.signal(number, lambda number, _: stops.append(number))
     return stops
 
 

@@ -68,7 +68,7 @@ def encode_prompt(tokenizer, processor, pictures, text, name):
     im_start, im_end, vision_start, vision_end, image_pad = control
     ids = [im_start, *system, im_end, *newline, im_start, *user]
     for _, h, w in images["image_grid_thw"].tolist():  # in squares of 14 x 14 pixels
-        tokens = h * w // processor.merge_size**2  # the encoder merges that many squares into one
+        tokens = h * w // processor.merge_size**2  # so many squares are one token
         ids += [vision_start] + [image_pad] * tokens + [vision_end]
     return [*ids, *question, im_end, *newline, im_start, *assistant], dict(images)
 
@@ -130,6 +130,8 @@ def _parse_actions(block):
         return None
     try:
         items = json.loads(block, object_pairs_hook=_no_repeated_key)
+        if not isinstance(items, list):
+            return None
         actions = {}
         for item in items:
             i, j, plan = item["from"], item["to"], item["action"]
@@ -139,7 +141,7 @@ def _parse_actions(block):
                 return None
             geometry.read_actions(plan)  # ValueError for what is no action
             actions[i, j] = plan
-        return actions if isinstance(items, list) else None
+        return actions
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
 
@@ -191,14 +193,14 @@ def _similarity(pose, gold, tau_t, tau_r):
     d_t, d_r = geometry.pose_error(pose, gold)
     similarity = np.exp(-d_t / tau_t) * np.exp(-d_r / tau_r)  # Eq. 10
     # "Optionally, degenerate "stop-like" predicted plans are penalized by setting R_act-acc = 0."
-    # A plan is stop-like if it moves by less than a tenth of the gold's way, turns by less than a
-    # tenth of its angle (or by less than rounding leaves), and the gold does move or turn.
+    # A plan is stop-like if it moves by less than a tenth of the gold's way and turns by less than
+    # a tenth of its angle (or less than rounding leaves), while the gold does move or turn.
     moved, turned = geometry.pose_error(pose, np.eye(4))
     gold_moved, gold_turned = geometry.pose_error(gold, np.eye(4))
-    stays = moved < np.maximum(0.1 * gold_moved, ROUNDING_M)
-    looks_on = turned < np.maximum(0.1 * gold_turned, ROUNDING_DEG)
+    no_move = moved < np.maximum(0.1 * gold_moved, ROUNDING_M)
+    no_turn = turned < np.maximum(0.1 * gold_turned, ROUNDING_DEG)
     gold_goes = (gold_moved > ROUNDING_M) | (gold_turned > ROUNDING_DEG)
-    stops = stays & looks_on & gold_goes  # not in the paper: stop-like plans
+    stops = no_move & no_turn & gold_goes  # not in the paper: stop-like plans
     return np.where(stops, 0.0, similarity)
 
 
@@ -392,8 +394,9 @@ def format_reward(text, views, block="action"):
     # The output contains properly closed <action> and <answer> blocks." Once each, in this order,
     # with something in them, and only white space around them.
     layout = rf"\s*<{block}>.*</{block}>\s*<answer>.*</answer>\s*"  # not in the paper: strict form
-    if response.answer is None or _block(text, block) is None or (
-            not re.fullmatch(layout, text, re.DOTALL)):
+    if response.answer is None or _block(text, block) is None:
+        return 0.0
+    if not re.fullmatch(layout, text, re.DOTALL):
         return 0.0
     if block != "action":
         return 1.0
@@ -470,8 +473,8 @@ def constant_plan(golds):
     plans = [plan for gold in golds for plan in gold.values()]
     poses = np.stack([geometry.pose_from_actions(plan) for plan in plans])
     # R_act is a mean over a sample's pairs, so each of k pairs weighs 1 / k
-    share = np.array([1 / len(gold) for gold in golds for _ in gold])
-    R_act = [np.average(_similarity(pose, poses, TAU_T, TAU_R), weights=share) for pose in poses]
+    weights = np.array([1 / len(gold) for gold in golds for _ in gold])
+    R_act = [np.average(_similarity(pose, poses, TAU_T, TAU_R), weights=weights) for pose in poses]
     return float(max(R_act)), plans[int(np.argmax(R_act))]
 
 

@@ -267,7 +267,7 @@ def padded(examples, image_token):
     """A batch in the usual form: padded on the right, -100 where nothing is trained."""
     (e,) = examples
     labels = e.ids.clone()
-    labels[:e.prompt] = -100
+    labels[:e.prompt_length] = -100
     return {"input_ids": e.ids[None], "labels": labels[None], **e.images,
             "attention_mask": torch.ones_like(e.ids)[None],
             "mm_token_type_ids": (e.ids == image_token).int()[None]}
@@ -316,7 +316,7 @@ def sft():
         path, model, tokenizer = demo_model(folder, data)
         plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(path)
         make = partial(actor_sft.make_example, args=actor_sft.parse_args(["--data", "-"]),
-                       tokenizer=tokenizer, form="actions", processor=Qwen2VLImageProcessorPil(
+                       tokenizer=tokenizer, target="actions", processor=Qwen2VLImageProcessorPil(
                            size={"shortest_edge": 56 * 56, "longest_edge": 224 * 224}))
         examples = list(map(make, geometry.load_samples(data)))
         tokens = sum(len(e.ids) for e in examples)

@@ -125,16 +125,16 @@ def test_forms_and_shares(scenes, made, tmp_path):
     sample = geometry.load_samples(scenes)[0]
     args = actor_sft.parse_args(["--data", "-", "--target", "mixed", "--mix", "0.25"])
     make = partial(actor_sft.make_example, args=args, tokenizer=tokenizer, processor=PROCESSOR)
-    forms = [make(replace(sample, id=str(k))).form for k in range(200)]
+    forms = [make(replace(sample, id=str(k))).target for k in range(200)]
     assert 0.15 < forms.count("actions") / 200 < 0.35
-    assert forms[:20] == [make(replace(sample, id=str(k))).form for k in range(20)]
+    assert forms[:20] == [make(replace(sample, id=str(k))).target for k in range(20)]
     (tmp_path / "moved").symlink_to(scenes)
     moved = geometry.load_samples(tmp_path / "moved")[0]
-    assert forms[:20] == [make(replace(moved, id=str(k))).form for k in range(20)]
+    assert forms[:20] == [make(replace(moved, id=str(k))).target for k in range(20)]
     samples = [replace(its, id="a") for its in geometry.load_samples(scenes)]
     for those in (samples, [replace(sample, question=str(k)) for k in range(20)]):
-        assert {make(its).form for its in those} == {"actions", "answer"}
-    gold, taught = example.gold, tokenizer.decode(example.ids[example.prompt:])
+        assert {make(its).target for its in those} == {"actions", "answer"}
+    gold, taught = example.gold, tokenizer.decode(example.ids[example.prompt_length:])
     assert taught == rewards.write_response(gold.actions, gold.answer) + "<|im_end|>"
     for target, samples in (("answer", 10_000), ("actions", 1_000)):
         assert actor_sft.parse_args(["--data", "-", "--target", target]).samples == samples
@@ -170,7 +170,7 @@ def test_loss_against_the_plain_model_call(made, tiny_model):
     for example in examples:
         logits = plain(**library_inputs(model, example.ids, example.images)).logits[0].float()
         log_p = F.log_softmax(logits[:-1], -1).gather(-1, example.ids[1:, None])[:, 0]
-        wanted.append(log_p[example.prompt - 1:])
+        wanted.append(log_p[example.prompt_length - 1:])
         assert example.ids[-1] == model.config.text_config.eos_token_id
     torch.cat(wanted).sum().backward()
     _, again, _ = actor_sft.load_model(str(tiny_model))
@@ -210,7 +210,7 @@ def test_greedy_texts(made):
     """Batched with left padding, images of different size: each as the likeliest words, chosen one
     by one, would write it alone; whatever the checkpoint says about sampling."""
     model, tokenizer, examples = made
-    prompts, texts = [(e.ids[:e.prompt].tolist(), e.images) for e in examples], []
+    prompts, texts = [(e.ids[:e.prompt_length].tolist(), e.images) for e in examples], []
     end = tokenizer.convert_tokens_to_ids(rewards.END)
     for ids, images in prompts:
         written = []
@@ -233,7 +233,7 @@ def test_greedy_texts(made):
 def test_a_prompt_whose_logits_are_not_finite(made, value):
     """It has no text; the others of its batch keep theirs."""
     model, tokenizer, examples = made
-    prompts = [(e.ids[:e.prompt].tolist(), dict(e.images)) for e in examples]
+    prompts = [(e.ids[:e.prompt_length].tolist(), dict(e.images)) for e in examples]
     texts = actor_sft.generate_greedily(model, tokenizer, prompts, [4] * len(prompts))
     prompts[1][1]["pixel_values"] = torch.full_like(prompts[1][1]["pixel_values"], value)
     again = actor_sft.generate_greedily(model, tokenizer, prompts, [4] * len(prompts))
@@ -247,7 +247,7 @@ def test_a_prompt_whose_logits_are_not_finite(made, value):
 
 def test_an_end_token_ends_a_text(made, monkeypatch):
     model, tokenizer, (example, *_) = made
-    prompts = [(example.ids[:example.prompt].tolist(), example.images)]
+    prompts = [(example.ids[:example.prompt_length].tolist(), example.images)]
     with torch.no_grad():
         first = int(model(**library_inputs(model, *prompts[0])).logits[0, -1].argmax())
     assert actor_sft.generate_greedily(model, tokenizer, prompts, [3] * len(prompts)) != [""]
@@ -270,7 +270,7 @@ def test_held_out_record_by_hand(made, monkeypatch):
     log_p = torch.cat([actor_sft.response_log_probs(model, e) for e in pairs])
     assert abs(record.pop("heldout_loss") + float(log_p.detach().mean())) < 1e-5
     assert written[1] == "nonsense"
-    assert times == [[16 + 2 * len(examples[0].ids[examples[0].prompt:])]] * 2
+    assert times == [[16 + 2 * len(examples[0].ids[examples[0].prompt_length:])]] * 2
     assert record == {"format": 0.5, "action": 0.5, "action_turns": 1.0, "answer": 0.5}
     blind = actor_sft.constants(pairs)
     assert blind["action_turns_constant"] == 1.0 and 0.5 < blind["action_constant"] < 0.7

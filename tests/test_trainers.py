@@ -362,6 +362,25 @@ def test_stopped_and_resumed_runs_equal_one(trainer, scenes, tiny_model, tmp_pat
     assert_same_log(*paths, 0)
 
 
+def test_a_terminal_that_closes_loses_no_step(trainer, tmp_path, monkeypatch):
+    """SIGHUP, or Ctrl-C on a pipe to `tee`: the step is saved although nothing can be printed."""
+    reduce = trainer.module.Optimizer.reduce
+
+    def refuse(text):
+        raise BrokenPipeError("closed")
+
+    def hang_up(self):
+        signal.raise_signal(signal.SIGHUP)
+        monkeypatch.setattr(sys.stdout, "write", refuse)
+        return reduce(self)
+
+    monkeypatch.setattr(trainer.module.Optimizer, "reduce", hang_up)
+    with pytest.raises(BrokenPipeError):
+        trainer.run(tmp_path, *trainer.flags, "--steps", 3)
+    assert read_checkpoint(tmp_path / "out/checkpoint.pt")["step"] == 1
+    assert records(tmp_path / "out")[-1]["step"] == 1
+
+
 TWO = """import json, os, sys
 import conftest
 conftest.quicken()
