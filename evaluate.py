@@ -95,7 +95,7 @@ def parse_args(argv=None):
     # looking
     p.add_argument("--out", help="default: out/evaluation, and the benchmark's name below it")
     p.add_argument("--overwrite", action="store_true", help="start over, whatever --out holds")
-    p.add_argument("--show", type=int, default=24, help="questions in report.html, over all tasks")
+    p.add_argument("--show", type=int, default=24, help="questions in report.html")
     args = p.parse_args(argv)
 
     for name, value in vars(args).items():
@@ -598,8 +598,8 @@ def score_run(bench, name, mode, records, convention="hatch"):
 
 def score_record(bench, mode, record):
     """Score a record: adds "answer" and "score" and, where reasoning was asked for, "R_fmt",
-    "R_act" and "walks": the camera does more than turn. Returns {row's label: score}, and {row's
-    label: {pair: gold plan}} of the rows of R_act."""
+    "R_act". Returns {row's label: score}, and {row's label: {pair: gold plan}} of the rows of
+    R_act."""
     item = record["item"]
     text = before_end(record["response"] or "")
     if record["response"] is not None:
@@ -621,7 +621,6 @@ def score_record(bench, mode, record):
         for label, those in plans.items():
             found[label] = rewards.action_reward(text, those)
         record["R_act"] = found["R_act"]
-        record["walks"] = "R_act, walks" in plans
     return found, plans
 
 
@@ -1097,37 +1096,14 @@ GOLD, WRITTEN = "#1a7f37", "#d55e00"
 def write_page(path, runs, curves, show):
     """One self-contained page: tables, `show` questions, curves."""
     text = tables(runs)
-    questions = choose_questions(runs, show)
-    total = sum(len(run.records) for run in runs)
+    records = [(run.name, record) for run in runs for record in run.records]
+    questions = sampled(records, show)
     parts = [PAGE, f'<pre class="tables">{shown(text, len(text))}</pre>',
-             f"<p>{len(questions):,} of {total:,} questions, drawn evenly over tasks, right and "
-             "wrong answers and, where this is known, cameras that only turn and that walk. Camera "
-             f'paths are seen from above, ahead is up: <b style="color:{GOLD}">true</b>, '
+             f"<p>{len(questions):,} of {len(records):,} questions, drawn at random. Camera paths are "
+             f'seen from above, ahead is up: <b style="color:{GOLD}">true</b>, '
              f'<b style="color:{WRITTEN}">written</b>.</p>']
     parts += [article(name, record) for name, record in questions]
     path.write_text("\n".join([*parts, curves]) + "</html>\n", encoding="utf-8")
-
-
-def choose_questions(runs, show):
-    """`show` questions of the runs as [(run's name, record)], at random, but each time one of those
-    whose traits have been chosen least: task, right or wrong, a camera that only turns or walks."""
-    rng = np.random.default_rng(0)
-    alike = {}  # {traits: [(run's name, record)]}
-    for run in runs:
-        for k in rng.permutation(len(run.records)):
-            record = run.records[k]
-            traits = (("task", run.bench, run.name, record["item"].task),
-                      ("right", record["score"] >= 0.5), ("walks", record.get("walks")))
-            alike.setdefault(traits, []).append((run.name, record))
-    times = Counter()  # that each trait has been chosen
-    questions = []
-    while alike and len(questions) < show:
-        rarest = min(alike, key=lambda traits: sum(times[trait] for trait in traits))
-        questions.append(alike[rarest].pop())
-        if not alike[rarest]:
-            del alike[rarest]
-        times.update(rarest)
-    return questions
 
 
 def shown(text, longest=2000):
