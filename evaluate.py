@@ -29,7 +29,6 @@ empty answer scores 0, where SPAR-Bench's own code scores it 1.
 
 import argparse
 import base64
-import html
 import io
 import itertools
 import json
@@ -41,6 +40,7 @@ import zlib
 from collections import Counter
 from datetime import timedelta
 from functools import partial, reduce
+from html import escape
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -655,7 +655,7 @@ def tables(runs):
         missing = sum(record["response"] is None for record in run.records)
         if missing:
             lines.append(f"{run.name}: {missing:,} questions without a response count as wrong.")
-    return printable("\n".join([*lines, NOTE]))
+    return "\n".join([*lines, NOTE])
 
 
 def bench_table(bench, runs):
@@ -709,10 +709,10 @@ def main(argv=None):
     say = partial(print, flush=True) if rank == 0 else lambda *_: None
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    skipped = Skipped()
+    skipped = []  # what could not be used, and why
     known = {}  # {(benchmark, data): items}
     if args.needs_model:
-        items = load_items(args.bench, args.data, skipped if rank == 0 else lambda _: None)
+        items = load_items(args.bench, args.data, skipped.append)
         ask_all(items, args, out / "predictions.jsonl", say, rank, world, device, dtype)
         known[args.bench, args.data] = items
     if world > 1:
@@ -727,8 +727,10 @@ def main(argv=None):
         (out / "curves.svg").write_text(curves, encoding="utf-8")
         say(f"wrote   {out / 'curves.svg'}")
         return
-    files = args.score or [out / "predictions.jsonl"]
-    runs = [score_run(*read_run(file, args, skipped, known), args.convention) for file in files]
+    runs = []
+    for file in args.score or [out / "predictions.jsonl"]:
+        asked = read_run(file, args, skipped.append, known)
+        runs.append(score_run(*asked, args.convention))
     results = [{"bench": run.bench, "name": run.name, "rows": run.rows,
                 "constants": run.constants} for run in runs]
     (out / "results.json").write_text(json.dumps(
@@ -738,7 +740,9 @@ def main(argv=None):
     wrote = "results.json, report.html"
     if args.needs_model:
         wrote = f"predictions.jsonl, {wrote}"
-    say(f"wrote   {out}: {wrote}; {len(skipped):,} rows or pictures could not be used")
+    say(f"wrote   {out}: {wrote}")
+    if skipped:
+        say(f"skipped {len(skipped):,} rows or pictures, see results.json; the first: {skipped[0]}")
 
 
 # -------------------------------------------------------------------------------- reading files
@@ -754,6 +758,7 @@ def load_items(bench, data, skip=print):
     data = Path(data)
     files = [data] if data.is_file() else published_files(data, benchmark.files)
     items = []
+    problem = "there is no row"
     first_seen = {}  # {question: the file that it was in}
     ids = Counter()
     for path in files:
@@ -761,7 +766,8 @@ def load_items(bench, data, skip=print):
             try:
                 item = read_item(bench, row, path.parent)
             except (ValueError, TypeError) as error:  # DataError is a ValueError
-                skip(f"{path.name}, row {number}: {error}")
+                problem = f"{path.name}, row {number}: {error}"
+                skip(problem)
                 continue
             known = first_seen.setdefault(item[:4], path)
             if known != path or path.parent != files[0].parent:
@@ -773,8 +779,8 @@ def load_items(bench, data, skip=print):
                     item = item._replace(id=f"{item.id}#{ids[item.id]}")
                 items.append(item)
     if not items:
-        raise geometry.DataError(f"{data}: no usable question of {benchmark.title}; --data takes "
-                                 f"{benchmark.data}")
+        raise geometry.DataError(f"{data}: no usable question of {benchmark.title} "
+                                 f"({problem}); --data takes {benchmark.data}")
     return items
 
 
@@ -1059,7 +1065,7 @@ def panel(title, lines, axis="step"):
             common = reduce(np.intersect1d, [steps for steps, *_ in curves])
             of_all = [np.interp(common, steps, mean) for steps, _, mean in curves]
             parts += polyline(common, np.mean(of_all, axis=0), frame, colour, 'stroke-width="2.5"')
-        legend += f' <tspan fill="{colour}" font-weight="bold">{shown(name)}</tspan>'
+        legend += f' <tspan fill="{colour}" font-weight="bold">{escape(name)}</tspan>'
     return f'{parts}<text x="{LEFT}" y="330">{legend}</text>'
 
 
@@ -1095,21 +1101,15 @@ GOLD, WRITTEN = "#1a7f37", "#d55e00"
 
 def write_page(path, runs, curves, show):
     """One self-contained page: tables, `show` questions, curves."""
-    text = tables(runs)
     records = [(run.name, record) for run in runs for record in run.records]
     questions = sampled(records, show)
-    parts = [PAGE, f'<pre class="tables">{shown(text, len(text))}</pre>',
-             f"<p>{len(questions):,} of {len(records):,} questions, drawn at random. Camera paths are "
-             f'seen from above, ahead is up: <b style="color:{GOLD}">true</b>, '
+    parts = [PAGE, f'<pre class="tables">{escape(tables(runs))}</pre>',
+             f"<p>{len(questions):,} of {len(records):,} questions, drawn at random. Camera paths "
+             f'are seen from above, ahead is up: <b style="color:{GOLD}">true</b>, '
              f'<b style="color:{WRITTEN}">written</b>.</p>']
     parts += [article(name, record) for name, record in questions]
-    path.write_text("\n".join([*parts, curves]) + "</html>\n", encoding="utf-8")
-
-
-def shown(text, longest=2000):
-    """Any text as HTML that shows it: escaped, control characters replaced, cut."""
-    more = f" ... ({len(text):,} characters)" if len(text) > longest else ""
-    return html.escape(printable(text[:longest])) + more
+    # half a surrogate pair, which JSON can hold, is no text
+    path.write_text("\n".join([*parts, curves]) + "</html>\n", encoding="utf-8", errors="replace")
 
 
 def article(name, record):
@@ -1134,10 +1134,10 @@ def article(name, record):
             figures.append(from_above(pair, plan, written.get(pair)))
     scores = ", ".join(f"{part} {record[part]:.2f}" for part in ("score", "R_act", "R_fmt")
                        if part in record)
-    return (f'<article><b>{shown(item.task)}, {scores}</b> {shown(f"{item.id}, {name}")}'
-            f'<div class="views">{"".join(figures)}</div><p>{shown(item.question)}</p>'
-            f'<p>true <b>{shown(item.gold)}</b>, written <b>{shown(record["answer"], 200)}</b></p>'
-            f"<pre>{shown(response)}</pre></article>")
+    return (f'<article><b>{escape(item.task)}, {scores}</b> {escape(f"{item.id}, {name}")}'
+            f'<div class="views">{"".join(figures)}</div><p>{escape(item.question)}</p>'
+            f'<p>true <b>{escape(item.gold)}</b>, written <b>{escape(record["answer"])}</b></p>'
+            f"<pre>{escape(response)}</pre></article>")
 
 
 def from_above(pair, gold, written):
@@ -1269,21 +1269,6 @@ def gather(items):
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, items)
     return list(itertools.chain(*everyone))
-
-
-class Skipped(list):
-    """What could not be used, named: the first twenty at once, all of it in results.json."""
-
-    def __call__(self, message):
-        self.append(message)
-        if len(self) <= 20:
-            print(f"skipped {printable(message)}", flush=True)
-
-
-def printable(text):
-    """A text with control characters, lone surrogates and the like replaced."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}"
-                   for c in text)
 
 
 if __name__ == "__main__":
