@@ -441,7 +441,7 @@ class Bench(NamedTuple):
 
     title: str
     data: str  # what --data takes
-    files: tuple  # patterns of its files; only the first that matches any file is used
+    files: str  # a pattern of their names
     fields: tuple  # of a row: id, task, question, gold
     groups: dict  # of its table: {label: tasks}
     prompt: dict  # {task: text}, the question in place of {question}
@@ -452,10 +452,10 @@ class Bench(NamedTuple):
 
 # data, files and fields of both halves of SPAR-Bench
 SPAR = ("a copy of huggingface.co/datasets/jasonzhango/SPAR-Bench",
-        ("test-*.parquet", "*.parquet", "*.jsonl"), ("id", "task", "question", "answer"))
+        "test-*.parquet", ("id", "task", "question", "answer"))
 BENCHES = {
     "rooms": Bench(
-        "Rendered rooms", "the folder that `python pasta.py --grid 4` rendered", ("rooms.jsonl",),
+        "Rendered rooms", "the folder that `python pasta.py --grid 4` rendered", "rooms.jsonl",
         SPAR[2], SPAR_LEVELS | {"Middle": (*SPAR_LEVELS["Middle"], "camera_turn")},
         dict.fromkeys((*SPAR_MULTI_VIEW, "camera_turn"),
                       "{question}\n" + rewards.ANSWER_INSTRUCTION)),
@@ -463,20 +463,19 @@ BENCHES = {
         task: SPAR_PROMPTS[task] for task in SPAR_MULTI_VIEW}, longest=100),
     "mindcube": Bench(
         "MindCube-Tiny", "a copy of huggingface.co/datasets/MLL-Lab/MindCube, data.zip unpacked",
-        ("MindCube_tinybench.jsonl",), ("id", "id", "question", "gt_answer"),
+        "MindCube_tinybench.jsonl", ("id", "id", "question", "gt_answer"),
         {name.capitalize(): (name,) for name in MINDCUBE_SETTINGS},
         dict.fromkeys(MINDCUBE_SETTINGS, MINDCUBE_PROMPT), mindcube_letter, 4096, 480 * 480),
     "mmsi": Bench(
         "MMSI-Bench", "a copy of huggingface.co/datasets/RunsenXu/MMSI-Bench",
-        ("MMSI_Bench.parquet", "*.parquet", "*.jsonl"),
-        ("id", "question_type", "question", "answer"), MMSI_GROUPS,
+        "MMSI_Bench.parquet", ("id", "question_type", "question", "answer"), MMSI_GROUPS,
         dict.fromkeys(itertools.chain(*MMSI_GROUPS.values()), MMSI_PROMPT), mmsi_letter),
     "spar-si": Bench("SPAR-Bench-SI", *SPAR, SPAR_LEVELS, {
         task: SPAR_PROMPTS[task] for task in SPAR_PROMPTS if task not in SPAR_MULTI_VIEW},
         longest=100),
     "cvbench": Bench(
         "CV-Bench", "a copy of huggingface.co/datasets/nyu-visionx/CV-Bench",
-        ("test_*.parquet", "*.parquet", "*.jsonl"), ("idx", "source", "prompt", "answer"),
+        "test_*.parquet", ("idx", "source", "prompt", "answer"),
         {"2D": ("ADE20K", "COCO"), "3D": ("Omni3D",)},
         dict.fromkeys(("ADE20K", "COCO", "Omni3D"), "{question}\n" + BY_LETTER), cvbench_letter)}
 
@@ -751,15 +750,19 @@ def main(argv=None):
 def load_items(bench, data, skip=print):
     """All usable questions of a benchmark: list[Item], in the file's order; opens no picture yet.
 
-    bench: name in BENCHES; data: its published file, or a folder that holds it; skip: told of each
-    row that cannot be used. Raises DataError if nothing usable is there, or two copies are.
+    bench: name in BENCHES; data: a file of it, under any name, or a folder with its published files
+    at any depth; skip: told of each row that cannot be used. Raises DataError if nothing usable is
+    there, or files in several folders, which may be copies.
     """
     benchmark = BENCHES[bench]
     data = Path(data)
-    files = [data] if data.is_file() else published_files(data, benchmark.files)
+    files = [data] if data.is_file() else sorted(data.rglob(benchmark.files))
+    folders = sorted({path.parent for path in files})
+    if len(folders) > 1:
+        raise geometry.DataError(f"{benchmark.title} is in {folders[0]} and in {folders[1]}: name "
+                                 "one with --data")
     items = []
-    problem = "there is no row"
-    first_seen = {}  # {question: the file that it was in}
+    problem = f"no row in any {benchmark.files}"
     ids = Counter()
     for path in files:
         for number, row in enumerate(read_rows(path, benchmark.fields)):
@@ -769,10 +772,6 @@ def load_items(bench, data, skip=print):
                 problem = f"{path.name}, row {number}: {error}"
                 skip(problem)
                 continue
-            known = first_seen.setdefault(item[:4], path)
-            if known != path or path.parent != files[0].parent:
-                raise geometry.DataError(f"{data} holds two copies of {benchmark.title}, "
-                                         f"{files[0]} and {path}: name one with --data")
             if item.task in benchmark.prompt:  # not of SPAR-Bench's other half
                 ids[item.id] += 1
                 if ids[item.id] > 1:  # CV-Bench counts in each of its files
@@ -782,15 +781,6 @@ def load_items(bench, data, skip=print):
         raise geometry.DataError(f"{data}: no usable question of {benchmark.title} "
                                  f"({problem}); --data takes {benchmark.data}")
     return items
-
-
-def published_files(folder, patterns):
-    """The files below a folder, in order, that match a pattern: the first that matches any."""
-    for pattern in patterns:
-        found = sorted(path for path in folder.rglob(pattern) if path.is_file())
-        if found:
-            return found
-    return []
 
 
 def read_item(bench, row, folder):
