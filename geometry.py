@@ -54,18 +54,12 @@ class DataError(ValueError):
 
 @dataclass
 class View:
-    """One posed RGB-D view.
+    """One posed RGB-D view."""
 
-    image      (H', W', 3) uint8, the depth's field of view at any resolution
-    depth      (H, W) float32 z-depth in metres, 0 = none
-    K          (3, 3) intrinsics for the depth's pixels
-    cam2world  (4, 4)
-    """
-
-    image: np.ndarray
-    depth: np.ndarray
-    K: np.ndarray
-    cam2world: np.ndarray
+    image: np.ndarray  # (H', W', 3) uint8, the depth's field of view at any resolution
+    depth: np.ndarray  # (H, W) float32 z-depth in metres, 0 = none
+    K: np.ndarray  # (3, 3) intrinsics for the depth's pixels
+    cam2world: np.ndarray  # (4, 4)
 
 
 def unproject(depth, K, cam2world):
@@ -296,22 +290,18 @@ MARKER_ORDER = {
 
 @dataclass
 class Sample:
-    """One question of SPAR-7M about 1..N views of a scene. Reads pixels only when asked to.
-
-    task: e.g. "view_change_infer"; kind: "select", "fill", "sentence" or "judge", the folder's
-    name; question: without <image> tags; images, depths: paths; markers: the record's point and
-    box fields. What cannot be used raises DataError naming the file.
-    """
+    """One question of SPAR-7M about 1..N views of a scene. Reads pixels only when asked to; what
+    cannot be used raises DataError naming the file."""
 
     id: str
     source: str
-    task: str
-    kind: str
-    question: str
+    task: str  # e.g. "view_change_infer"
+    kind: str  # "select", "fill", "sentence" or "judge", the folder's name
+    question: str  # without <image> tags
     answer: str
-    images: list
-    depths: list
-    markers: dict = field(repr=False)
+    images: list  # paths
+    depths: list  # paths
+    markers: dict = field(repr=False)  # the record's point and box fields
 
     def views(self):
         """All views, in the question's order."""
@@ -698,13 +688,11 @@ def read_ahead(prepare, numbers, workers):
             yield queue.popleft().result()
 
 
-EMPTY_SHARE = 0.25  # more pairs than this without overlap are odd: SPAR asks what views share
-
-
 def describe_pairs(pairs):
     """What posed views look like, in a line to print, and what is odd about them, or None.
 
-    pairs: [(View x, View y, S), ...]. Wrong units, directions or axes leave few pairs with overlap.
+    pairs: [(View x, View y, S), ...]. Wrong units, directions or axes leave few pairs with overlap,
+    and SPAR asks about what views share: a quarter without any is odd.
     Pairs whose cameras stand at one place are left out: a turn on the spot hides most mistakes.
     """
     depths = []
@@ -717,7 +705,7 @@ def describe_pairs(pairs):
     empty = sum(most == 0 for most in apart)
     line = (f"median depth {depth:.2f} m; of {len(pairs)} pairs of views {len(apart)} stand apart, "
             f"{empty} of these without overlap")
-    if 0.2 <= depth <= 50 and empty <= EMPTY_SHARE * len(apart):
+    if 0.2 <= depth <= 50 and empty <= len(apart) / 4:
         return line, None
     return line, (
         "this looks wrong: is depth in millimetres (16 bit), are poses camera-to-world in metres "
