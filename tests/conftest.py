@@ -31,6 +31,7 @@ import rewards  # noqa: E402
 from scenes import make_scenes  # noqa: E402
 
 torch.set_num_threads(1)  # the same everywhere: sums, and so bits, depend on it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, as the scripts then do
 
 
 def run(script, root, cwd, *flags, processes=1, env={}, **popen):
