@@ -763,7 +763,7 @@ def begin(args, dtype, walk, source):
                 "same command with --resume goes on, without its checkpoint.pt one starts over")
         return identity, None
     if state is None:
-        raise geometry.DataError(f"--out {out} has no checkpoint.pt to --resume from; drop that")
+        raise geometry.DataError(f"--out {out} has no checkpoint.pt: leave --resume out")
     for name, value in identity.items():
         was = state["identity"].get(name)
         if was != value:

@@ -539,7 +539,7 @@ def test_bad_arguments(trainer, scenes, tiny_model, tmp_path):
             ("--data nowhere", "nowhere: no such directory; --data takes the folder that holds"),
             ("--out taken", "File exists: 'taken'"),
             ("--model model --out model", "--out model is the start model's"),
-            ("--resume --out new", "--out new has no checkpoint.pt to --resume from"),
+            ("--resume --out new", "--out new has no checkpoint.pt: leave --resume out"),
             ("--resume --lr 2e-3", "out was begun with lr 0.001, not 0.002: only the same command"),
             ("--resume --vision-lr 2e-3", "out was begun with vision_lr 0.001, not 0.002: only"),
             ("--resume --precision bf16", "with precision torch.float32, not torch.bfloat16: only"),
