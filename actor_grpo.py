@@ -115,7 +115,7 @@ def parse_args(argv=None):
     p.add_argument("--max-new-tokens", type=int,  # not in the paper: longest completion
                    help="longest completion; default: 96 + 64 a pair of views, 256 for language")
     # optimisation
-    p.add_argument("--steps", type=int, help="default: one epoch; demo: 50")
+    p.add_argument("--steps", type=int, help="default: one epoch; demo: 100")
     p.add_argument("--batch", type=int,  # not in the paper: batch of GRPO
                    help="B: prompts a step over all processes; paper: a global batch of 32, read "
                         "here as 4 prompts x 8 completions; demo: 8")
@@ -146,7 +146,7 @@ def parse_args(argv=None):
     given = p.parse_args(argv)  # other defaults depend on it
     if given.data is None:  # the only place where demo and real run differ
         values = {"data": "out/demo/data", "max_pixels": 112 * 112, "batch": 8, "lr": 1e-4,
-                  "vision_lr": 1e-5, "steps": 50, "no_recompute": True}
+                  "vision_lr": 1e-5, "steps": 100, "no_recompute": True}
     else:
         values = {"max_pixels": 448 * 448, "batch": 4, "lr": 1e-5, "vision_lr": given.lr or 1e-5}
     args = settle(p, argv, values | {"betas": [0.9, 0.999], "warmup": 0})

@@ -82,7 +82,7 @@ def parse_args(argv=None):
                    help="how many multi-image samples to draw; paper, default: 10,000, a tenth for "
                         "--target actions; demo: 20,000")
     p.add_argument("--tasks", nargs="+",  # not in the paper: which samples
-                   help="SPAR tasks to train on; default: all with several images, demo: "
+                   help="SPAR tasks to train on; default: all with several images; demo: "
                         "camera_turn, for actions all")
     p.add_argument("--mix", type=float, default=0.1,  # not in the paper: hybrid cold start
                    help="share of action responses in --target mixed")
@@ -107,7 +107,7 @@ def parse_args(argv=None):
     # looking and saving
     p.add_argument("--heldout", type=int, default=256, help="held-out samples to evaluate on")
     p.add_argument("--save-every", type=int, help="steps between checkpoints, each with a look at "
-                                                  "held-out samples; default: a quarter; demo: 200")
+                                                  "held-out samples; default: a quarter; demo: 100")
     p.add_argument("--resume", action="store_true",
                    help="go on from --out's checkpoint; else the same command")
     # the machine
@@ -130,7 +130,7 @@ def parse_args(argv=None):
         values |= {"data": "out/demo/data", "samples": 20_000, "max_pixels": 112 * 112,
                    "batch": 8, "lr": 4e-4, "vision_lr": 4e-5, "warmup": 50, "betas": [0.9, 0.98],
                    "tasks": list(geometry.MULTI_VIEW_TASKS) if actions else ["camera_turn"],
-                   "steps": 400, "save_every": 200, "no_recompute": True}
+                   "steps": 400, "save_every": 100, "no_recompute": True}
     else:
         values |= {"samples": 1_000 if actions else 10_000, "max_pixels": 448 * 448,
                    "tasks": list(geometry.MULTI_VIEW_TASKS), "batch": 1, "lr": 1e-5,

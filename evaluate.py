@@ -951,9 +951,15 @@ def sampled(items, limit):
 
 # -------------------------------------------------------------- looking: curves, a page of it all
 
-PANELS = {"pasta": ("match_accuracy", "excess"),
-          "sft": ("loss", "heldout_loss", "answer", "action"),
-          "grpo": ("reward_action", "reward_answer", "reward", "reward_format", "kl", "length")}
+PANELS = {  # of each stage: {field of its log: title}
+    "pasta": {"match_accuracy": "PaStA: held-out matches that are right",
+              "excess": "PaStA: loss above its floor"},
+    "sft": {"loss": "fine-tuning: loss", "heldout_loss": "fine-tuning: held-out loss",
+            "answer": "fine-tuning: held-out answer reward, R_ans",
+            "action": "fine-tuning: held-out action reward, R_act"},
+    "grpo": {"reward_action": "GRPO: action reward, R_act",
+             "reward_answer": "GRPO: answer reward, R_ans", "reward": "GRPO: reward",
+             "reward_format": "GRPO: format reward, R_fmt", "kl": "GRPO: KL to the start model"}}
 
 
 def read_curve(path):
@@ -981,68 +987,77 @@ def draw_curves(logs):
             print(f"skipped {log}: its first line does not name the script that wrote it")
     names = run_names(logs, [seed for _, seed, _ in curves])
     panels = []
-    for stage, wanted in PANELS.items():
-        for field in wanted:
+    for stage, titles in PANELS.items():
+        for field, title in titles.items():
             lines = []
             for name, (of_stage, _, fields) in zip(names, curves):
                 if of_stage == stage and len(fields.get(field, ())) > 1:
-                    steps, values = np.array(fields[field]).T
-                    lines.append((name, steps, values))
+                    lines.append((name, *np.array(fields[field]).T))
+            constants = []
+            if field == "action":
+                for *_, fields in curves:
+                    constants += [value for _, value in fields.get("action_constant", ())]
             if lines:
-                panels.append(panel(f"{stage}: {field}", lines))
+                panels.append(panel(title, lines, constants))
     return svg_of(panels)
 
 
 def run_names(logs, seeds):
     """A name for the run of each log: the path of its folder, from the deepest folder that holds
     all of them. Runs whose names differ only in digits, and whose seeds all differ, share one name,
-    with * for the digits."""
+    with their seeds in the digits' place."""
     runs = [Path(os.path.abspath(log)).parent for log in logs]
     base = os.path.commonpath([run.parent for run in runs]) if runs else ""
     names = [str(run.relative_to(base)) for run in runs]
+    families = [re.sub(r"\W?\d+", "", name) for name in names]
     alike = {}
-    for name, seed in zip(names, seeds):
-        alike.setdefault(re.sub(r"\d+", "*", name), []).append(str(seed))
-    for k, name in enumerate(names):
-        family = re.sub(r"\d+", "*", name)
+    for family, seed in zip(families, seeds):
+        alike.setdefault(family, []).append(str(seed))
+    for k, family in enumerate(families):
         if 1 < len(alike[family]) == len(set(alike[family])):
-            names[k] = family
+            names[k] = f"{family}, seeds {', '.join(sorted(alike[family]))}"
     return names
 
 
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000", "#999999")
+LEFT, RIGHT, TOP, BOTTOM = 72, 620, 36, 300  # of a panel's curves, in a width of 640
+
+
 def svg_of(panels):
-    """An SVG of panels, two in a row; "" if there is none."""
+    """An SVG of panels (how many names, SVG), two in a row; "" if there is none."""
     if not panels:
         return ""
-    placed = [f'<g transform="translate({k % 2 * 640} {k // 2 * 360})">{one}</g>'
-              for k, one in enumerate(panels)]
-    height = (len(panels) + 1) // 2 * 360
+    height = BOTTOM + 60 + 20 * max(names for names, _ in panels)
+    placed = [f'<g transform="translate({k % 2 * 640} {k // 2 * height})">{one}</g>'
+              for k, (_, one) in enumerate(panels)]
     return ('<svg xmlns="http://www.w3.org/2000/svg" style="background:#fff" font-size="14" '
-            f'font-family="sans-serif" viewBox="0 0 1280 {height}">{"".join(placed)}</svg>')
+            'font-family="sans-serif" '
+            f'viewBox="0 0 1280 {(len(panels) + 1) // 2 * height}">{"".join(placed)}</svg>')
 
 
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000", "#999999")
-LEFT, RIGHT, TOP, BOTTOM = 72, 620, 36, 300  # of a panel's curves, in its 640 x 360 units
-
-
-def panel(title, lines, axis="step"):
-    """SVG of curves [(name, steps, values)], a colour for each name. The only curve of a name is
-    drawn thin, and its running mean thick. If a name has several, their running means are drawn
-    thin, and the mean of these, over the steps that all have, thick."""
+def panel(title, lines, constants):
+    """(How many names, SVG) of curves [(name, steps, values)], a colour for each name. The only
+    curve of a name is drawn thin, and its running mean thick. If a name has several, their running
+    means are drawn thin, and the mean of these, over the steps that all have, thick. constants:
+    what one plan for every pair can score, a dashed line at their mean."""
     by_name = {}
     for name, steps, values in lines:
         by_name.setdefault(name, []).append((steps, values, running_mean(values)))
     means = [mean for curves in by_name.values() for _, _, mean in curves]
-    low = min(map(np.min, means))
-    high = max(max(map(np.max, means)), low + 0.01 * abs(low) + 1e-6)
-    first = min(steps[0] for _, steps, _ in lines)
-    last = max(steps[-1] for _, steps, _ in lines)
-    frame = ((first, last), (low, high))
-    parts = f'<text x="{LEFT}" y="20">{title}</text>'
-    for tick, at in zip(np.linspace(low, high, 5), np.linspace(BOTTOM, TOP, 5)):
+    x_ticks = round_ticks([steps for _, steps, _ in lines])
+    y_ticks = round_ticks([*means, constants] if constants else means)
+    frame = ((x_ticks[0], x_ticks[-1]), (y_ticks[0], y_ticks[-1]))
+    parts = f'<text x="{LEFT}" y="20" font-weight="bold">{title}</text>'
+    for tick, at in zip(y_ticks, np.linspace(BOTTOM, TOP, len(y_ticks))):
         parts += (f'<path d="M{LEFT} {at:.0f}H{RIGHT}" stroke="#ddd"/><text x="{LEFT - 8}" '
-                  f'y="{at + 5:.0f}" text-anchor="end">{tick:.3g}</text>')
-    legend = f"{axis} {first:g} to {last:g}"
+                  f'y="{at + 5:.0f}" text-anchor="end">{tick:g}</text>')
+    for tick, at in zip(x_ticks, np.linspace(LEFT, RIGHT, len(x_ticks))):
+        parts += f'<text x="{at:.0f}" y="{BOTTOM + 18}" text-anchor="middle">{tick:g}</text>'
+    parts += f'<text x="{RIGHT}" y="{BOTTOM + 36}" text-anchor="end">step</text>'
+    if constants:
+        ends = np.full(2, np.mean(constants))
+        parts += polyline(frame[0], ends, frame, "#000", 'stroke-dasharray="6 4"')
+        parts += f'<text x="{LEFT}" y="{BOTTOM + 36}">dashed: best constant plan</text>'
     for k, (name, curves) in enumerate(by_name.items()):
         colour = COLOURS[k % len(COLOURS)]
         if len(curves) == 1:
@@ -1055,8 +1070,20 @@ def panel(title, lines, axis="step"):
             common = reduce(np.intersect1d, [steps for steps, *_ in curves])
             of_all = [np.interp(common, steps, mean) for steps, _, mean in curves]
             parts += polyline(common, np.mean(of_all, axis=0), frame, colour, 'stroke-width="2.5"')
-        legend += f' <tspan fill="{colour}" font-weight="bold">{escape(name)}</tspan>'
-    return f'{parts}<text x="{LEFT}" y="330">{legend}</text>'
+        parts += (f'<text x="{LEFT}" y="{BOTTOM + 58 + 20 * k}" fill="{colour}" '
+                  f'font-weight="bold">{escape(name)}</text>')
+    return len(by_name), parts
+
+
+def round_ticks(values):
+    """About five round numbers, evenly spaced, the first and the last around all of `values`."""
+    low = min(map(np.min, values))
+    high = max(max(map(np.max, values)), low + 0.01 * abs(low) + 1e-6)
+    power = 10.0 ** math.floor(math.log10((high - low) / 4))
+    apart = next(round_one * power for round_one in (1, 2, 5, 10)
+                 if round_one * power >= (high - low) / 4)
+    numbers = range(math.floor(low / apart), math.ceil(high / apart) + 1)
+    return [float(f"{number * apart:.6g}") for number in numbers]
 
 
 def running_mean(values):

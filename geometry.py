@@ -265,6 +265,41 @@ def pose_error(pose_a, pose_b):
     return d_t, d_r  # Eq. 9
 
 
+def pose_questions(pose):
+    """The questions that a relative pose answers, as [(task, question, answer)]; may be empty.
+
+    pose (4, 4): relative_pose(i, j) of any two frames, in metres; they are views 0 and 1.
+    camera_turn, after Actial, asks for the turn to the side, e.g. "right 20", where there is one of
+    10 degrees or more. view_change_infer, as in SPAR, asks where view 1 stands and how it is
+    turned, along and about the axes of view 0: "move_right:0.2,move_down:0.0,move_forward:0.7,
+    rotate_up:3,rotate_left:25". Where the gazes are over 70 degrees apart there is no question: the
+    two views hardly share anything. Roll is not asked for.
+    """
+    x, y, z = pose[:3, 3].round(1)
+    gaze = pose[:3, 2]
+    right = round(math.degrees(math.atan2(gaze[0], gaze[2])))
+    up = round(math.degrees(math.atan2(-gaze[1], math.hypot(gaze[0], gaze[2]))))
+    questions = []
+    if gaze[2] < math.cos(math.radians(70)):
+        return questions
+    if abs(right) >= 10:
+        questions.append((
+            "camera_turn",
+            "Which way did the camera turn from view 0 to view 1, and how many degrees?",
+            f"{'right' if right > 0 else 'left'} {abs(right)}"))
+    questions.append((
+        "view_change_infer",
+        "How did the camera get from view 0 to view 1? Answer in meters and degrees as "
+        "move_<right_or_left>:x,move_<down_or_up>:x,move_<forward_or_backward>:x,"
+        "rotate_<down_or_up>:x,rotate_<right_or_left>:x.",
+        f"move_{'right' if x >= 0 else 'left'}:{abs(x)},"
+        f"move_{'down' if y >= 0 else 'up'}:{abs(y)},"
+        f"move_{'forward' if z >= 0 else 'backward'}:{abs(z)},"
+        f"rotate_{'up' if up >= 0 else 'down'}:{abs(up)},"
+        f"rotate_{'right' if right >= 0 else 'left'}:{abs(right)}"))
+    return questions
+
+
 # ------------------------------------------------------------------------- SPAR-7M-RGBD on disk
 
 # Two or three still images of one scene; 4.1 says "samples with multiple images" and names no task.
@@ -715,22 +750,20 @@ def describe_pairs(pairs):
 
 # ------------------------------------------------------- rendered rooms: the inverse of unproject
 
-ROOM_VERSION = 3  # of what render_rooms writes; raise it when that changes: old rooms are redone
+ROOM_VERSION = 4  # of what render_rooms writes; raise it when that changes: old rooms are redone
 # Degrees. The six differences of two are 11, 22, .. 66, each once (a Golomb ruler). Each heading is
 # drawn within +-5.5 degrees of its own, which makes the turns between two evenly frequent.
 HEADINGS = 11 * np.array([-3, -2, 1, 3])
-ROOM_RGB = {"red": (205, 45, 40), "green": (50, 150, 65), "blue": (45, 85, 200),
-             "yellow": (240, 205, 55), "orange": (240, 135, 40), "purple": (130, 65, 170),
-             "pink": (245, 155, 190), "white": (240, 238, 230), "black": (45, 45, 50)}
-OTHER_TASKS = ("view_change_infer", "position_matching", "depth_prediction_oc_mv",
-               "obj_spatial_relation_oo_mv")  # the rooms', beside camera_turn
+# red, green, blue, yellow, orange, purple, pink, white, black
+ROOM_RGB = ((205, 45, 40), (50, 150, 65), (45, 85, 200), (240, 205, 55), (240, 135, 40),
+            (130, 65, 170), (245, 155, 190), (240, 238, 230), (45, 45, 50))
 
 
 @dataclass
 class Room:
-    """S boxes along the axes of a z-up world; metres, a corner of the room at the origin."""
+    """S boxes along the axes of a z-up world; metres, a corner of the room at the origin. The first
+    six are the walls x = 0, x = max, y = 0, y = max, the floor and the ceiling."""
 
-    names: list  # S: "" for walls x = 0, x = max, y = 0, y = max, floor, ceiling; "red block", ...
     centre: np.ndarray  # (S, 3)
     half: np.ndarray  # (S, 3) half extents
     rgb: np.ndarray  # (S, 3, 3) 0..255: ground, pattern, what the ground fades to along the room
@@ -745,8 +778,8 @@ def make_room(rng):
     """A random room of 4-7 m: two pictures on each wall, up to nine blocks, some hanging."""
     size = rng.uniform((4, 4, 2.5), (7, 7, 3.1))
     poses = place_cameras(size, rng)
-    colours = rng.permutation(list(ROOM_RGB)).tolist()
-    boxes = []  # (name, centre, half, rgb)
+    colours = rng.permutation(ROOM_RGB).tolist()
+    boxes = []  # (centre, half, rgb)
 
     # walls, floor and ceiling: thick boxes around the room, of which the inner sides are seen
     for face in range(6):
@@ -756,7 +789,7 @@ def make_room(rng):
         centre[axis] = size[axis] + 0.5 if far else -0.5
         half[axis] = 0.5
         shade = SHADES[max(0, face - 3)]
-        boxes.append(("", centre, half, rng.uniform(*shade, (3, 3))))
+        boxes.append((centre, half, rng.uniform(*shade, (3, 3))))
 
     # two pictures on each wall, flat boxes
     for k, colour in enumerate(colours[:8]):
@@ -767,7 +800,7 @@ def make_room(rng):
         centre[across] = size[across] * far
         half[across] = 0.03
         centre[1 - across] = size[1 - across] * (k % 2 + rng.uniform(0.3, 0.7)) / 2
-        boxes.append((f"{colour} picture", centre, half, np.outer((1, 0.7, 1), ROOM_RGB[colour])))
+        boxes.append((centre, half, np.outer((1, 0.7, 1), colour)))
 
     # blocks, where there is room for them: on the floor, a quarter of them under the ceiling
     taken = [(pose[:2, 3], 1.0) for pose in poses[:2]]  # where, and how far around it
@@ -779,13 +812,12 @@ def make_room(rng):
         spot = rng.uniform(reach, size[:2] - reach)
         if colours and all(math.dist(spot, at) > reach + far for at, far in taken):
             taken.append((spot, reach))
-            colour = colours.pop()
-            boxes.append((f"{colour} block", np.array([*spot, height]), half,
-                          np.outer((1, 0.7, 1), ROOM_RGB[colour])))
+            rgb = np.outer((1, 0.7, 1), colours.pop())
+            boxes.append((np.array([*spot, height]), half, rgb))
     waves = rng.normal(0, 6, (len(boxes), 2, 3))
     waves[::2, 1] = 0
-    names, centre, half, rgb = zip(*boxes)
-    return Room(names, np.array(centre), np.array(half), np.array(rgb), waves, poses)
+    centre, half, rgb = zip(*boxes)
+    return Room(np.array(centre), np.array(half), np.array(rgb), waves, poses)
 
 
 def place_cameras(size, rng):
@@ -871,90 +903,12 @@ def paint(room, number, points_world):
     return np.moveaxis(np.clip(rgb, 0, 255), 0, -1).astype(np.uint8)
 
 
-def _in_view(room, depth, number):
-    """What shows of blocks and pictures: {k: (box [x1, y1, x2, y2], middle [x, y], its depth)}, in
-    0..1000 of the picture and metres. What fills under 0.4 % of the picture is left out."""
-    H, W = depth.shape
-    seen = {}
-    for k in np.flatnonzero(np.bincount(number.ravel()) > 0.004 * H * W):
-        if room.names[k]:
-            v, u = np.nonzero(number == k)
-            m = np.argmin((u - u.mean()) ** 2 + (v - v.mean()) ** 2)
-            marks = np.array([u.min(), v.min(), u.max() + 1, v.max() + 1, u[m] + 0.5, v[m] + 0.5])
-            marks = np.rint(marks * 1000 / [W, H, W, H, W, H]).astype(int).tolist()
-            seen[k] = marks[:4], marks[4:], depth[v[m], u[m]]
-    return seen
-
-
-def _questions(room, seen, rng):
-    """Yield (task, frames, question, answer, wrong options: none for a fill, markers).
-
-    seen: _in_view of each frame. camera_turn is asked of every ordered pair of the four turned
-    frames that turns by 10 to 70 degrees, and from frame 0 to each of them that turns by 10 to 60.
-    After it comes one question of OTHER_TASKS, if the views show enough. `red`, a block or picture
-    that view 0 shows, and `blue`, one that view 1 shows, are what it is about (view_change_infer is
-    about neither). For position_matching view 1 must show `red` as well.
-    """
-    for i, j in itertools.product(range(5), range(1, 5)):
-        pose = relative_pose(room.poses[i], room.poses[j])
-        x, y, z = pose[:3, 3].round(6)
-        gaze = pose[:3, 2]
-        right = math.degrees(math.atan2(gaze[0], gaze[2]))
-        up = math.degrees(math.asin(-gaze[1]))
-        if i == j or not 10 <= abs(right) <= (70 if i else 60):
-            continue
-        turn = "right" if right > 0 else "left"
-        yield ("camera_turn", (i, j), "Which way did the camera turn from view 0 to view 1, and "
-               "how many degrees?", f"{turn} {abs(right):.0f}", [], {})
-        task = str(rng.choice(OTHER_TASKS))
-        first = seen[i]
-        last = seen[j]
-        reds = [k for k in first if k in last or task != "position_matching"]
-        both = [(a, b) for a in reds for b in last if a != b]
-        if not both:
-            continue
-        red, blue = both[rng.integers(len(both))]
-        red_box, red_point, near = first[red]
-        blue_box, blue_point, depth = last[blue]
-        one = f"The {room.names[red]}"
-        other = f"the {room.names[blue]}"
-        if task == "view_change_infer":
-            yield (task, (i, j), "How did the camera get from view 0 to view 1? Answer in meters "
-                   "and degrees as move_<right_or_left>:x,move_<down_or_up>:x,"
-                   "move_<forward_or_backward>:x,rotate_<down_or_up>:x,rotate_<right_or_left>:x.",
-                   f"move_{'right' if x >= 0 else 'left'}:{abs(x):.1f},"
-                   f"move_{'down' if y >= 0 else 'up'}:{abs(y):.1f},"
-                   f"move_{'forward' if z >= 0 else 'backward'}:{abs(z):.1f},"
-                   f"rotate_{'up' if up >= 0 else 'down'}:{abs(up):.0f},"
-                   f"rotate_{turn}:{abs(right):.0f}", [], {})
-        elif task == "position_matching":
-            gold = str(last[red][0])
-            wrong = [str(last[k][0]) for k in last if k != red]
-            yield (task, (i, j), f"{one} is in the red box of view 0. Where is it in view 1, as "
-                   "[x1, y1, x2, y2] from 0 to 1000?", gold, wrong[:3],
-                   {"red_bbox": [red_box], "bbox_img_idx": [[0]]})
-        elif task == "depth_prediction_oc_mv":
-            yield (task, (i, j), f"{one} (red point, view 0) is {near:.1f} meters deep. How deep "
-                   f"is {other} (blue point, view 1), in meters? Give one number.",
-                   f"{depth:.1f}", [], {"red_point": [red_point], "blue_point": [blue_point],
-                                        "point_img_idx": [[0, 1]]})
-        else:  # obj_spatial_relation_oo_mv
-            x, _, z = (room.centre[red] - room.centre[blue]) @ room.poses[i][:3, :3]
-            wrong = ["left, closer", "left, farther", "right, closer", "right, farther"]
-            gold = wrong.pop(2 * int(x > 0) + int(z > 0))
-            if min(abs(x), abs(z)) > 0.15:  # else nearly undecided
-                yield (task, (i, j), f"{one} is in the red box of view 0, {other} in the blue box "
-                       "of view 1. Where is the first relative to the second, seen from view 0?",
-                       gold, wrong, {"red_bbox": [red_box], "blue_bbox": [blue_box],
-                                     "bbox_img_idx": [[0, 1]]})
-
-
 def render_rooms(root, rooms=1000, seed=0, size=128, held_out=0.1):
     """Write `rooms` rendered rooms as a SPAR-7M-RGBD tree and a benchmark with SPAR-Bench's fields.
 
         root/rooms/images/<room>/{image_color,image_depth,pose,intrinsic}/...  5 frames a room
-        root/rooms/qa_jsonl/{train,val}/<task>/<kind>/<kind>_<N>.jsonl         the last ones are val
-        root/benchmark/rooms.jsonl, root/benchmark/images/                     val, markers drawn
+        root/rooms/qa_jsonl/{train,val}/<task>/fill/fill_<N>.jsonl             the last ones are val
+        root/benchmark/rooms.jsonl, root/benchmark/images/                     of val
 
     size: pixels of a side; held_out: share of the rooms. The seed decides everything. A finished
     tree with the same arguments is left alone; one with other arguments is deleted and redone.
@@ -971,19 +925,19 @@ def render_rooms(root, rooms=1000, seed=0, size=128, held_out=0.1):
         if (root / "rooms.json").read_text() == stamp:
             return root
     shutil.rmtree(unfinished, ignore_errors=True)  # of an interrupted run
-    lines = {}  # {(split, task, kind): [line]}
+    lines = {}  # {(split, task): [line]}
     first_val = rooms - round(rooms * held_out)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy and Pillow release the lock
         jobs = pool.map(partial(_render_room, unfinished, seed, size), range(rooms))
         for number, records in enumerate(progress(jobs, rooms, "rendering rooms")):
             split = "train" if number < first_val else "val"
-            for kind, record in records:
-                place = (split, record["type"], kind)
+            for record in records:
+                place = (split, record["type"])
                 lines.setdefault(place, []).append(json.dumps(record) + "\n")
-    for place, of_place in lines.items():
-        folder = unfinished.joinpath("rooms", "qa_jsonl", *place)
+    for (split, task), of_place in lines.items():
+        folder = unfinished / "rooms" / "qa_jsonl" / split / task / "fill"
         folder.mkdir(parents=True)
-        (folder / f"{folder.name}_{len(of_place)}.jsonl").write_text("".join(of_place))
+        (folder / f"fill_{len(of_place)}.jsonl").write_text("".join(of_place))
     if first_val < rooms:
         _write_benchmark(unfinished / "benchmark", load_samples(unfinished, split="val"))
     (unfinished / "rooms.json").write_text(stamp)
@@ -993,7 +947,8 @@ def render_rooms(root, rooms=1000, seed=0, size=128, held_out=0.1):
 
 
 def _render_room(root, seed, size, serial):
-    """Render and write one room; return its questions as [(kind, SPAR record)]."""
+    """Render and write one room; return its questions as SPAR records: of frame 0 and a
+    turned one, and of every ordered pair of turned ones."""
     rng = np.random.default_rng([seed, serial])
     room = make_room(rng)
     name = f"room_{serial:05d}"
@@ -1005,34 +960,30 @@ def _render_room(root, seed, size, serial):
         (scene / folder).mkdir(parents=True)
     for camera in ("color", "depth"):
         np.savetxt(scene / "intrinsic" / f"intrinsic_{camera}.txt", K, fmt="%.6f")
-    seen = []
     for k, pose in enumerate(room.poses):
         depth, number = cast(room, K, pose, size, size)
-        seen.append(_in_view(room, depth, number))
         picture = Image.fromarray(paint(room, number, unproject(depth, K, pose)[0]))
         picture.save(scene / "image_color" / f"{k}.jpg", quality=92)
         Image.fromarray(np.rint(depth * 1000).astype(np.uint16)).save(
             scene / "image_depth" / f"{k}.png", compress_level=1)
         np.savetxt(scene / "pose" / f"{k}.txt", pose, fmt="%.8f")
     records = []
-    for task, frames, question, answer, wrong, markers in _questions(room, seen, rng):
-        if wrong:  # lettered options in random order; the answer is the letter
-            order = rng.permutation(1 + len(wrong))
-            for letter, o in zip("ABCD", order):
-                question += f" {letter}. {(answer, *wrong)[o]}"
-            answer = "ABCD"[int(np.argmin(order))]
-        records.append(("select" if wrong else "fill", {
-            "id": f"{name}_{len(records)}", "type": task, **markers,
-            "image": [f"{name}/image_color/{k}.jpg" for k in frames],
-            "depth": [f"{name}/image_depth/{k}.png" for k in frames],
-            "conversations": [{"from": "human", "value": question},
-                              {"from": "gpt", "value": answer}]}))
+    for i, j in itertools.product(range(5), range(1, 5)):
+        if i == j:
+            continue
+        pose = relative_pose(room.poses[i], room.poses[j])
+        for task, question, answer in pose_questions(pose):
+            records.append({
+                "id": f"{name}_{len(records)}", "type": task,
+                "image": [f"{name}/image_color/{k}.jpg" for k in (i, j)],
+                "depth": [f"{name}/image_depth/{k}.png" for k in (i, j)],
+                "conversations": [{"from": "human", "value": question},
+                                  {"from": "gpt", "value": answer}]})
     return records
 
 
-def _write_benchmark(folder, samples, most=140):
-    """SPAR-Bench's rows for at most so many samples of each task, evenly spaced within it;
-    pictures with markers drawn."""
+def _write_benchmark(folder, samples, most=250):
+    """SPAR-Bench's rows for at most so many samples of each task, evenly spaced within it."""
     (folder / "images").mkdir(parents=True)
     by_task = {}
     drawn = []
@@ -1044,8 +995,8 @@ def _write_benchmark(folder, samples, most=140):
         drawn += [of_task[k * len(of_task) // count] for k in range(count)]
     for sample in drawn:
         paths = [f"images/{len(rows)}_{k}.jpg" for k in range(len(sample.images))]
-        for path, picture in zip(paths, sample.pictures()):
-            picture.save(folder / path, quality=92)
+        for path, picture in zip(paths, sample.images):
+            shutil.copyfile(picture, folder / path)
         rows.append(json.dumps({
             "id": len(rows), "img_type": "multi_view",
             "format_type": sample.kind, "task": sample.task, "source": sample.source,

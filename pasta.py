@@ -211,13 +211,13 @@ def encode(encoder, pixels, grids, n):
 def matches(S, e_x, e_y):
     """Which patch of y each patch of x is matched to, and whether that is right.
 
-    Returns guess (P,), similarity (P,), gold (P,) = the patch with most overlap, and overlaps (P,)
-    bool: whether there is one at all.
+    Returns guess (P,), gold (P,) = the patch with most overlap, and overlaps (P,) bool: whether
+    there is one at all.
     """
     cos = F.normalize(e_x, dim=-1) @ F.normalize(e_y, dim=-1).T
-    similarity, guess = cos.max(-1)  # argmax q = argmax cos
+    guess = cos.argmax(-1)  # argmax q = argmax cos
     most, gold = S.max(-1)
-    return guess, similarity, gold, most > 0
+    return guess, gold, most > 0
 
 
 # ------------------------------------------------------------------------------- views and pairs
@@ -377,7 +377,7 @@ def main(argv=None):
 
 def evaluate(encoder, heldout, args, start_features=None):
     """Match held-out pairs, each as `prepare` gives it. Returns the record for the log, the patch
-    features of all pairs, and the `matches` of the first three.
+    features of all pairs, and their `matches`, from the first view to the second.
 
     match_accuracy: share of the patches with overlap, in both directions, whose most similar patch
     is the one that overlaps most. chance: 1 / P. drift: relative change of the features since the
@@ -386,7 +386,7 @@ def evaluate(encoder, heldout, args, start_features=None):
     right = total = 0
     sums = torch.zeros(2)  # of the loss and its excess
     features = []
-    shown = []
+    matched = []
     for _, pixels, grids, pairs in heldout:
         ((x, y, S),) = pairs
         with torch.no_grad():
@@ -394,49 +394,57 @@ def evaluate(encoder, heldout, args, start_features=None):
             sums += torch.stack(alignment_loss(e, pairs, len(heldout), args))
         forth = matches(S, e[x], e[y])
         back = matches(S.T, e[y], e[x])
-        for guess, _, gold, overlaps in (forth, back):
+        for guess, gold, overlaps in (forth, back):
             right += int((guess == gold)[overlaps].sum())
             total += int(overlaps.sum())
         features.append(torch.stack(e))
-        shown.append(forth)
+        matched.append(forth)
     features = torch.stack(features)  # (pairs, 2, P, D)
     start = features if start_features is None else start_features
     record = {"match_accuracy": right / max(total, 1), "chance": 1 / args.grid**2,
               "drift": float((features - start).norm() / start.norm()),
               "heldout_loss": float(sums[0]), "heldout_excess": float(sums[1])}
-    return record, features, shown[:3]
+    return record, features, matched
 
 
 def draw_matches(path, heldout, before, after, n):
-    """A picture of the first held-out pairs, before training (left) and now (right).
+    """A picture of three held-out pairs, before training (left) and now (right): the first ones of
+    which half of the first view's patches or more overlap with the second view.
 
-    Of the patches of the first view that overlap with the second, up to 12 with the most similar
-    matches are drawn. A line leads to the match: green if that patch overlaps most, red if not.
+    Of each such patch a line leads to its match: green if that overlaps most, red if not.
     """
+    def overlaps_little(k):
+        _, _, overlaps = before[k]
+        return 2 * int(overlaps.sum()) < n * n
+
     rows = []
-    for (views, *_), matched_before, matched_after in zip(heldout, before, after):
-        left = match_panel("before", views, matched_before, n)
-        right = match_panel("after", views, matched_after, n)
+    for k in sorted(range(len(heldout)), key=overlaps_little)[:3]:
+        views, *_ = heldout[k]
+        left = match_panel("before", views, before[k], n)
+        right = match_panel("after", views, after[k], n)
         rows.append(np.hstack([left, right]))
     Image.fromarray(np.vstack(rows)).save(path)
 
 
-def match_panel(title, views, matched, n, side=260, head=24, gap=7):
-    """Two views side by side, made square, with their cells and lines between surest matches."""
-    guess, similarity, gold, overlaps = matched
-    panel = Image.new("RGB", (2 * (side + 2 * gap), side + head + gap), "white")
+def match_panel(title, views, matched, n, side=260, head=46, gap=9):
+    """Two views side by side, made square, with their cells, and a line for each match."""
+    guess, gold, overlaps = matched
+    shown = overlaps.nonzero()[:, 0].tolist()
+    font = ImageFont.load_default(15)
+    panel = Image.new("RGB", (2 * side + 5 * gap, side + head + gap), "white")
     draw = ImageDraw.Draw(panel)
-    lefts = (gap, side + 2 * gap)
-    for view, left in zip(views, lefts):
+    right = int((guess == gold)[overlaps].sum())
+    draw.text((gap, 4), f"{title}: {right} of {len(shown)} right", fill="black", font=font)
+    lefts = (gap, side + 4 * gap)
+    for number, (view, left) in enumerate(zip(views, lefts)):
+        draw.text((left, head - 21), f"view {number}", fill=(110, 110, 110), font=font)
         panel.paste(Image.fromarray(view.image).resize((side, side)), (left, head))
         for k in range(1, n):
             at = k * side // n
             draw.line([left + at, head, left + at, head + side], fill=(190, 190, 190))
             draw.line([left, head + at, left + side, head + at], fill=(190, 190, 190))
-    surest = similarity.masked_fill(~overlaps, -2.0).argsort(descending=True)
-    surest = surest[:min(12, int(overlaps.sum()))]
-    for i in surest.tolist():
-        apart = ((i % n + 0.5) / n - 0.5) * 0.5  # or lines along a row would hide each other
+    for i in shown:
+        apart = ((i % n + 0.5) / n - 0.5) * 0.6  # or lines along a row would hide each other
         ends = []
         for cell, left in zip((i, int(guess[i])), lefts):
             row, column = divmod(cell, n)
@@ -446,9 +454,6 @@ def match_panel(title, views, matched, n, side=260, head=24, gap=7):
         draw.line(ends, fill=colour, width=3)
         for u, v in ends:
             draw.ellipse([u - 5, v - 5, u + 5, v + 5], fill=colour, outline="white")
-    right = int((guess == gold)[surest].sum())
-    draw.text((gap, 2), f"{title}: {right} of the {len(surest)} surest matches are right",
-              fill="black", font=ImageFont.load_default(15))
     return panel
 
 
@@ -905,15 +910,20 @@ def make_demo_model(path, data, seed):
 
 @torch.no_grad()
 def put_heads_in(model):
-    """Give a tiny model the attention heads that let a pretrained one compare two pictures.
+    """Give a tiny model the attention heads that let a pretrained one compare two pictures, and
+    bind what it writes to what it has just written.
 
     Layer 0 writes *where* a token is into the features from 128 on. Layer 1 looks, in the picture
-    before, for *what* a token shows, in the features below 128, and fetches where that was. The
-    heads know no pose and no room: whether what they compare looks alike is up to the encoder.
+    before, for *what* a token shows, in the features below 128, and fetches where that was. Layer 2
+    looks, with its first head, at the token *before*: without it the digits of an amount do not
+    know whose they are, and the key that was written hardly counts. The heads know no pose, no room
+    and no word: whether what they compare looks alike is up to the encoder, what follows from the
+    token before to training.
 
     Weights are (out, in), of 192 features; q, k and v have 3 heads of 64 features. A position
     rotates those of q and k, which are 2 halves of 32 frequencies, high ones first: the row rotates
-    the first 2, the column the other 30. The factors were found by trial, on seed 0.
+    the first 2, the column the other 30; in a text both are the token's place. The factors were
+    found by trial, all on seed 0.
     """
     layers = model.model.language_model.layers
     where = layers[0].self_attn
@@ -943,6 +953,15 @@ def put_heads_in(model):
     # It fetches the mark of the place of what it found, loudly.
     what.v_proj.weight[:, :128] = 0
     what.o_proj.weight *= 8
+
+    # Layer 2, first head: queries and keys are the same for all tokens. At each frequency f the
+    # query is the key turned back by f, so they agree most one position before.
+    f = model.model.language_model.rotary_emb.inv_freq  # (32,), radians a position
+    before = layers[2].self_attn
+    for project in (before.q_proj, before.k_proj):
+        project.weight[:64] = 0
+    before.k_proj.bias[:64] = 6 * torch.cat([torch.ones_like(f), torch.zeros_like(f)])
+    before.q_proj.bias[:64] = 6 * torch.cat([f.cos(), -f.sin()])
 
     # What is not put in begins quietly, and is left to training.
     for layer in layers[2:]:

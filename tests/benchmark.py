@@ -9,8 +9,7 @@
              by one; --peer: a step beside TRL's trainer, and sampling
     evaluate scoring 7,000 predictions
     gpu      the 3B configuration with random weights, a step of each stage; needs a CUDA GPU
-    grids    LOGS: log.jsonl of cold starts, of several seeds: what PaStA's --grid before them is
-             worth (Figure 4), as a table and as grids.svg
+    table2   docs/table2.zip: the demo's Table 2, its differences and their intervals
 
 Medians of interleaved repetitions. Nothing here is a test: machines differ, ratios less so.
 """
@@ -27,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -601,38 +601,58 @@ def scoring(N=7000):
               "importing torch included")
 
 
-# ------------------------------------------------------------------------- PaStA's grid, Figure 4
+# ------------------------------------------------------------------------------ the paper's Table 2
+
+ROWS = ("no PaStA, no ActoR", "ActoR, no PaStA", "PaStA, no ActoR", "HATCH after its cold start",
+        "HATCH")
+COLUMNS = ("camera_turn", "view_change_infer", "R_act, turns", "R_act, walks")
+T_975 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # of Student's t, by the number of seeds
 
 
-def grid_of(log):
-    """--grid of the PaStA that a run started from: a run's log names its start model, and beside
-    that lies the log of the run before."""
-    while True:
-        args = json.loads(log.read_text().splitlines()[0])["args"]
-        if "grid" in args:
-            return args["grid"]
-        begun_in = Path(str(log).removesuffix(f"{args['out']}/log.jsonl"))
-        log = begun_in / args["model"] / "log.jsonl"
+def table2(archive):
+    """The demo's Table 2 from an archive <row>/<seed>/{results.json, log.jsonl}: percent, mean and
+    standard deviation over seeds; differences of rows, paired by seed, with the 95 % interval of
+    Student's t; how GRPO changed the sampled R_act of its first ten steps in its last ten."""
+    scores = {}  # {(row, column): {seed: percent}}
+    with zipfile.ZipFile(archive) as files:
+        for name in sorted(files.namelist()):
+            row, seed, file = name.split("/")
+            if file == "results.json":
+                (run,) = json.loads(files.read(name))["runs"]
+                for column in COLUMNS:
+                    if column in run["rows"]:
+                        scores.setdefault((row, column), {})[seed] = run["rows"][column][2]
+                        best = scores.setdefault(("best constant", column), {})
+                        best[seed] = run["constants"][column]
+            elif file == "log.jsonl":
+                lines = [json.loads(line) for line in files.read(name).splitlines()]
+                say_what_rose(row, seed, [line["reward_action"] for line in lines
+                                          if "reward_action" in line])
+    print("| | " + " | ".join(COLUMNS) + " |")
+    for row in ("best constant", *ROWS):
+        cells = []
+        for column in COLUMNS:
+            values = [*scores.get((row, column), {}).values()]
+            cells.append(f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" if values else "")
+        print(f"| {row} | " + " | ".join(cells) + " |")
+    for one, other in itertools.combinations(ROWS, 2):
+        for column in COLUMNS:
+            a, b = scores.get((other, column), {}), scores.get((one, column), {})
+            gains = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+            if len(gains) > 1:
+                half = T_975[len(gains)] * np.std(gains, ddof=1) / len(gains) ** 0.5
+                verdict = "shown" if abs(np.mean(gains)) > half else "not shown"
+                print(f"{column}: {other} above {one} by {np.mean(gains):.1f} +- {half:.1f}, "
+                      f"{verdict} (by seed {', '.join(f'{gain:.1f}' for gain in gains)})")
 
 
-def grids(logs):
-    """Held-out R_act and R_ans at the end of cold starts over PaStA's grid: a line a seed, and
-    their mean with its standard deviation over seeds."""
-    reached = {"action": {}, "answer": {}}  # {field: {seed: {grid: value}}}
-    for log in logs:
-        grid, (_, seed, fields) = grid_of(log), evaluate.read_curve(log)
-        for field, of_seeds in reached.items():
-            of_seeds.setdefault(seed, {})[grid] = fields[field][-1][1]
-    panels = []
-    for field, of_seeds in reached.items():
-        lines = [("a line a seed, and their mean", *np.array(sorted(of_grids.items())).T)
-                 for of_grids in of_seeds.values()]
-        panels.append(evaluate.panel(f"after the cold start: {field}", lines, "grid"))
-        for grid in sorted({grid for of_grids in of_seeds.values() for grid in of_grids}):
-            values = [of_grids[grid] for of_grids in of_seeds.values() if grid in of_grids]
-            spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
-            print(f"{field}, grid {grid}: {np.mean(values):.3f} +- {spread:.3f} of {len(values)}")
-    Path("grids.svg").write_text(evaluate.svg_of(panels), encoding="utf-8")
+def say_what_rose(row, seed, R_act):
+    """GRPO's sampled R_act, step by step: its first ten steps and its last ten."""
+    if R_act:
+        first, last = np.array(R_act[:10]), np.array(R_act[-10:])
+        error = float(np.hypot(first.std(ddof=1), last.std(ddof=1)) / 10**0.5)
+        print(f"{row}, seed {seed}: sampled R_act {first.mean():.3f} in the first ten steps, "
+              f"{last.mean():.3f} in the last; standard error of the difference {error:.3f}")
 
 
 # ------------------------------------------------------------------------------------- a CUDA GPU
@@ -718,8 +738,8 @@ def gpu(G=8, T=288):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=(
-        "pasta", "index", "rewards", "sft", "grpo", "evaluate", "gpu", "grids", "peak-memory"))
-    parser.add_argument("logs", nargs="*", type=Path, help="of grids")
+        "pasta", "index", "rewards", "sft", "grpo", "evaluate", "gpu", "table2", "peak-memory"))
+    parser.add_argument("archive", nargs="?", type=Path, help="of table2")
     parser.add_argument("--recompute", action="store_true", help="of peak-memory")
     parser.add_argument("--of", help="of peak-memory: whose")
     parser.add_argument("--peer", action="store_true", help="of grpo: beside TRL's GRPOTrainer")
@@ -740,8 +760,8 @@ if __name__ == "__main__":
         scoring()
     elif chosen.what == "gpu":
         gpu()
-    elif chosen.what == "grids":
-        grids(chosen.logs)
+    elif chosen.what == "table2":
+        table2(chosen.archive)
     elif chosen.of in ("plain-loss", "chunked-loss"):
         loss_peak(chosen.of)
     elif chosen.of:

@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import xml.etree.ElementTree
+import zipfile
 import zlib
 
 import numpy as np
@@ -563,14 +564,16 @@ def test_curves_of_several_runs(root, tmp_path):
              "length": float("inf")} for k in range(1, 101)), {"step": 101}], '{"st')
     run("evaluate.py", root, tmp_path, "--curves", *(f"{name}/log.jsonl" for name in logs))
     first, *others = xml.etree.ElementTree.parse(tmp_path / "out/evaluation/curves.svg").getroot()
-    title, *ticks, legend = first.iter("{http://www.w3.org/2000/svg}text")
+    title, *ticks = first.iter("{http://www.w3.org/2000/svg}text")
     assert [title.text, *(panel[0].text for panel in others)] == [
-        "grpo: reward_action", "grpo: reward", "grpo: kl"]
-    assert [span.text for span in legend] == ["grpo", "without/grpo", "<b>&"]
+        "GRPO: action reward, R_act", "GRPO: reward", "GRPO: KL to the start model"]
+    assert [name.text for name in ticks[-3:]] == ["grpo", "without/grpo", "<b>&"]
     lines = [np.array([point.split(",") for point in line.get("points").split()], float)
              for line in first.iter("{http://www.w3.org/2000/svg}polyline")]
     assert [len(line) for line in lines] == [100] * 6  # three runs, each thin and thick
-    ticks = [(float(tick.text), float(tick.get("y")) - 5) for tick in ticks]
+    ticks = [(float(tick.text), float(tick.get("y")) - 5) for tick in ticks
+             if tick.get("text-anchor") == "end" and tick.text != "step"]
+    assert [value for value, _ in ticks] == [0.1, 0.2, 0.3, 0.4]
     y_of = np.polyfit(*zip(*ticks), 1)  # the axis is the one that the curve is drawn on
     assert lines[1][50, 1] == pytest.approx(np.polyval(y_of, 0.3 + 51 / 1000), abs=1.5)
     assert (np.diff(lines[1][:, 0]) > 0).all() and (np.diff(lines[1][:, 1]) <= 0).all()
@@ -596,9 +599,11 @@ def test_stages_in_their_order_and_a_colour_for_all_seeds(tmp_path):
     svg = xml.etree.ElementTree.fromstring(evaluate.draw_curves(logs))
     texts = [[*panel.iter("{http://www.w3.org/2000/svg}text")] for panel in svg]
     assert [its[0].text for its in texts] == [
-        "pasta: match_accuracy", "pasta: excess", "grpo: kl", "grpo: length"]
-    assert [[span.text for span in its[-1]] for its in texts[1:3]] == [
-        ["width_1", "width_2"], ["seed_*/grpo", "seed_*/without/grpo"]]
+        "PaStA: held-out matches that are right", "PaStA: loss above its floor",
+        "GRPO: KL to the start model"]
+    assert [[name.text for name in its[-2:]] for its in texts[1:]] == [
+        ["width_1", "width_2"],
+        ["seed_/grpo, seeds 0, 1, 2", "seed_/without/grpo, seeds 0, 1, 2"]]
     lines = polylines(svg[2])
     first, second, *_ = evaluate.COLOURS
     assert [colour for colour, *_ in lines] == [first] * 4 + [second] * 4
@@ -610,6 +615,24 @@ def test_stages_in_their_order_and_a_colour_for_all_seeds(tmp_path):
             heights[3] == pytest.approx(heights[1], abs=0.2))
 
 
+def test_the_best_constant_plan_is_dashed(tmp_path):
+    log = write_log(tmp_path / "a", "actor_sft.py", {"seed": 0}, [
+        {"step": k, "action": 0.1 * k, "action_constant": 0.4} for k in range(1, 9)])
+    (panel,) = xml.etree.ElementTree.fromstring(evaluate.draw_curves([log]))
+    (*_, (stroke, _, points)) = [line for line in polylines(panel) if line[0] == "#000"]
+    assert "dashed: best constant plan" in [text.text for text in panel.iter()]
+    assert stroke == "#000" and points[0, 1] == points[1, 1] and evaluate.TOP < points[0, 1]
+
+
+@pytest.mark.parametrize("values, ticks", [
+    ([[0.31, 0.64]], [0.3, 0.4, 0.5, 0.6, 0.7]), ([[1, 100]], [0, 50, 100]),
+    ([[0, 0]], None), ([[-3.0, 7.5], [2.0]], [-5, 0, 5, 10])])
+def test_round_ticks(values, ticks):
+    found = evaluate.round_ticks(values)
+    assert ticks is None or found == ticks
+    assert found[0] <= min(map(min, values)) and found[-1] >= max(map(max, values))
+
+
 def test_a_log_that_names_no_script_is_skipped(tmp_path, capsys):
     log = write_lines(tmp_path / "log.jsonl", [{"args": {}}, *(
         {"step": k, "kl": 1.0} for k in range(9))])
@@ -617,28 +640,27 @@ def test_a_log_that_names_no_script_is_skipped(tmp_path, capsys):
     assert f"skipped {log}: its first line does not name the script" in capsys.readouterr().out
 
 
-def test_figure_of_grids(tmp_path, monkeypatch, capsys):
-    """The grid is PaStA's, found by the start models of the runs on the way, wherever they lie."""
-    logs = []
-    for seed, level in ((0, 0.2), (1, 0.4)):
-        for grid in (3, 2):
-            names = [f"out/{grid}/{stage}" for stage in ("pasta", "sft", "cold")]
-            models = ["out/demo/model", *names[:2]]
-            for name, model in zip(names, models):
-                args = {"seed": seed, "out": name, "model": model}
-                if name == names[0]:
-                    args["grid"] = grid
-                rows = [{"step": k, "action": k * level / grid, "answer": 0.5} for k in (0, 1)]
-                logs.append(write_log(tmp_path / f"s{seed}" / name, "actor_sft.py", args, rows))
-    monkeypatch.chdir(tmp_path)
-    benchmark.grids(logs[2::3])
-    assert "action, grid 2: 0.150 +- 0.071 of 2\naction, grid 3: 0.100 +- 0.047 of 2\nanswer, " in (
-        capsys.readouterr().out)
-    action, answer = xml.etree.ElementTree.parse("grids.svg").getroot()
-    assert "grid 2 to 3" in "".join(action.itertext())
-    assert [width for _, width, _ in polylines(action)] == [None, None, "2.5"]
-    ends = [points[[0, -1], 1] for *_, points in polylines(action)]
-    assert np.allclose((ends[0] + ends[1]) / 2, ends[2], atol=0.2) and (ends[2][0] < ends[2][1])
+def test_table_of_an_archive(tmp_path, capsys):
+    """Means, deviations and paired intervals by hand: gains of 2, 4 and 6 are 4 +- 4.97."""
+    path = tmp_path / "table2.zip"
+    with zipfile.ZipFile(path, "w") as files:
+        for row, gain in (("PaStA, no ActoR", 0), ("HATCH", 2)):
+            for seed in range(3):
+                score = 50 + 10 * seed + gain * (1 + seed)
+                files.writestr(f"{row}/{seed}/results.json", json.dumps({"runs": [{
+                    "rows": {"camera_turn": [1, 250, score, 0, 0]},
+                    "constants": {"camera_turn": 20.0}}]}))
+        rewards_of_steps = [*[0.1, 0.3] * 5, *[0.9] * 7, *[0.5, 0.7] * 5]
+        files.writestr("HATCH/0/log.jsonl", "\n".join(
+            json.dumps({"reward_action": value}) for value in rewards_of_steps))
+    benchmark.table2(path)
+    printed = capsys.readouterr().out
+    assert "| best constant | 20.0 ± 0.0 |  |" in printed
+    assert "| HATCH | 64.0 ± 12.0 |" in printed
+    assert ("camera_turn: HATCH above PaStA, no ActoR by 4.0 +- 5.0, not shown (by seed 2.0, 4.0, "
+            "6.0)") in printed
+    assert ("HATCH, seed 0: sampled R_act 0.200 in the first ten steps, 0.600 in the last; "
+            "standard error of the difference 0.047") in printed
 
 
 @pytest.mark.parametrize("said, given", [

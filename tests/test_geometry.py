@@ -9,7 +9,6 @@ import json
 import math
 import re
 import time
-import types
 import zlib
 
 import numpy as np
@@ -489,8 +488,8 @@ def test_real_frames(shared):
 
 @functools.cache
 def read_frame(image):
-    """Pose, depth, shows ({a box's name: which pixels show it}) and room of a frame, without this
-    project's reader. Rendering inverts unproject: pixels lie on a box, and none between."""
+    """Pose and depth of a frame, without this project's reader. Rendering inverts unproject: pixels
+    lie on a box, and none between."""
     scene = image.parent.parent
     room = geometry.make_room(np.random.default_rng([0, int(scene.name.removeprefix("room_"))]))
     pose, K = (np.loadtxt(scene / its) for its in (f"pose/{image.stem}.txt",
@@ -502,8 +501,7 @@ def read_frame(image):
     before, away = ((np.abs((share * rays + pose[:3, 3])[..., None, :] - room.centre)
                      - room.half).max(-1) for share in (0.9, 1))  # (H, W, boxes), 0 on a side
     assert min(before.min(), away.min()) > -2e-3 and away.min(-1).max() < 2e-3
-    shows = {name: away.argmin(-1) == k for k, name in enumerate(room.names)}
-    return types.SimpleNamespace(pose=pose, depth=depth, shows=shows, room=room)
+    return pose, depth
 
 
 def is_view_change(answer, pose):
@@ -515,57 +513,88 @@ def is_view_change(answer, pose):
     return np.all(np.abs(np.subtract(said, wanted)) < (0.051,) * 3 + (0.6,) * 2)
 
 
-def test_answers_and_markers_of_rooms_are_exact(rooms):
-    asked = collections.Counter()
-    for sample in [*geometry.load_samples(rooms), *geometry.load_samples(rooms, split="val")]:
-        asked[sample.task] += 1
-        frames, answer, marked = [*map(read_frame, sample.images)], sample.answer, sample.markers
-        first, last = frames[0], frames[-1]
-        pose = np.linalg.inv(first.pose) @ last.pose
-        names = re.findall(r"\w+ (?:block|picture)", sample.question)
-        for on in (marked.get("point_img_idx"), marked.get("bbox_img_idx")):
-            assert on in (None, [[0, len(frames) - 1][:len(names)]])
-        if sample.kind == "select":  # the text behind the letter
-            answer = re.search(rf" {answer}\. (.+?)(?= [B-D]\. |$)", sample.question)[1]
-        if sample.task == "position_matching":  # the box of the last view is the answer
-            marked, names = {**marked, "blue_bbox": [json.loads(answer)]}, names * 2
-        for colour, name, frame in zip(("red", "blue"), names, (first, last)):
-            for box in marked.get(f"{colour}_bbox", ()):
-                v, u = np.nonzero(frame.shows[name])
-                edges = np.array([u.min(), v.min(), u.max() + 1, v.max() + 1])
-                assert np.abs(box - edges * 1000 / len(frame.depth)).max() < 1
-            for point in marked.get(f"{colour}_point", ()):
-                x, y = (int(c * len(frame.depth) / 1000) for c in point)
-                said = re.search(r"(\S+) meters", sample.question)[1] if colour == "red" else answer
-                assert frame.shows[name][y, x] and abs(frame.depth[y, x] - float(said)) < 0.051
-        if sample.task == "camera_turn":
-            right, (x, y, z) = math.degrees(math.atan2(pose[0, 2], pose[2, 2])), pose[:3, 3]
-            assert answer == f"{'right' if right > 0 else 'left'} {abs(right):.0f}"
-            assert 10 <= abs(right) <= (70 if z < 0.1 else 60) and math.hypot(x, y) < 1e-6
-            assert abs(z) < 1e-6 or 0.4 <= z <= 1  # on the spot, or after a step ahead
-            assert abs(first.pose[2, 0]) < 1e-6 and first.depth.min() > 0.7  # no roll; stands free
-        elif sample.task == "view_change_infer":
-            assert is_view_change(answer, pose)
-        elif sample.task.startswith("obj"):
-            red, blue = (first.room.centre[first.room.names.index(name)] for name in names)
-            x, _, z = first.pose[:3, :3].T @ (red - blue)
-            assert answer == f"{'left' if x < 0 else 'right'}, {'closer' if z < 0 else 'farther'}"
-    assert len(asked) == 5 and min(asked.values()) > 2
-    assert 2 * asked["camera_turn"] > asked.total() > 1.9 * asked["camera_turn"]
+def asked(pose):
+    return {task: answer for task, _, answer in geometry.pose_questions(pose)}
+
+
+def test_questions_of_a_pose():
+    view_change = "move_{}:{},move_{}:{},move_{}:{},rotate_{}:{},rotate_{}:{}".format
+    assert asked(at((0.23, -0.41, 0.72), 25.4)) == {
+        "camera_turn": "right 25",
+        "view_change_infer": view_change(
+            "right", 0.2, "up", 0.4, "forward", 0.7, "up", 0, "right", 25)}
+    assert asked(at((-1.26, 0.31, -12), -59)) == {
+        "camera_turn": "left 59", "view_change_infer": view_change(
+            "left", 1.3, "down", 0.3, "backward", "12.0", "up", 0, "left", 59)}
+    up = at((-1e-17, 0, 0))
+    c, s = math.cos(math.radians(20)), math.sin(math.radians(20))
+    up[1:3, 1:3] = [[c, -s], [s, c]]
+    assert asked(up) == {"view_change_infer": view_change(  # too small a turn to the side
+        "right", "0.0", "down", "0.0", "forward", "0.0", "up", 20, "right", 0)}
+    assert [*asked(at((0, 0, 1), 9.4))] == ["view_change_infer"]
+    assert [*asked(at((0, 0, 1), 9.6))] == ["camera_turn", "view_change_infer"]
+    up[1:3, 1:3] = [[0, -1], [1, 0]]
+    for pose in (at((0, 0, 1), 71), at((0, 0, 1), -180), up, up.T):
+        assert geometry.pose_questions(pose) == []
+
+
+def test_questions_of_any_pose():
+    """However a camera stands, rolled as well: none where the gazes are over 70 degrees apart."""
+    rng, seen = np.random.default_rng(0), collections.Counter()
+    for _ in range(300):
+        pose = np.eye(4)
+        pose[:3, :3], _ = np.linalg.qr(rng.normal(size=(3, 3)))
+        pose[:3, :3] *= np.linalg.det(pose[:3, :3])
+        pose[:3, 3] = rng.normal(size=3)
+        answers, right = asked(pose), math.degrees(math.atan2(pose[0, 2], pose[2, 2]))
+        seen.update([*answers, "any"])
+        assert bool(answers) == (math.degrees(math.acos(pose[2, 2])) <= 70)
+        if answers:
+            assert is_view_change(answers["view_change_infer"], pose)
+        if "camera_turn" in answers:
+            assert answers["camera_turn"] == f"{'right' if right > 0 else 'left'} {abs(right):.0f}"
+        assert ("camera_turn" in answers) == (bool(answers) and abs(round(right)) >= 10)
+    assert seen["any"] > seen["view_change_infer"] > seen["camera_turn"] > 40
+
+
+def test_rooms_are_exact(rooms):
+    """Frames are what was rendered; all questions of frame 0 and a turned one, and of two turned
+    ones, are asked, about as many of each task."""
+    samples = [*geometry.load_samples(rooms), *geometry.load_samples(rooms, split="val")]
+    counts, found = collections.Counter(sample.task for sample in samples), {}
+    for sample in samples:
+        (first, depth), (last, _) = map(read_frame, sample.images)
+        pose = np.linalg.inv(first) @ last
+        x, y, z = pose[:3, 3]
+        assert (sample.task, sample.question, sample.answer) in geometry.pose_questions(pose)
+        assert sample.kind == "fill" and not sample.markers and math.hypot(x, y) < 1e-6
+        assert abs(z) < 1e-6 or 0.4 <= z <= 1  # on the spot, or after a step ahead
+        assert abs(first[2, 0]) < 1e-6 and depth.min() > 0.7  # no roll; stands free
+        found.setdefault(sample.images[0].parent.parent, set()).add(
+            (*(int(path.stem) for path in sample.images), sample.task))
+    for scene, those in found.items():
+        poses = [read_frame(scene / f"image_color/{k}.jpg")[0] for k in range(5)]
+        assert those == {(i, j, task) for i in range(5) for j in range(1, 5) if i != j
+                         for task in asked(np.linalg.inv(poses[i]) @ poses[j])}
+    assert counts["camera_turn"] + counts["view_change_infer"] == counts.total()
+    assert 0.75 < counts["camera_turn"] / counts["view_change_infer"] <= 1
 
 
 def test_benchmark_of_rooms_is_drawn_by_task(rooms, tmp_path):
     """So many of each task, or all there are, evenly spaced; each question is asked once."""
     val = geometry.load_samples(rooms, split="val")
     there = collections.Counter(sample.task for sample in val)
-    most = min(there.values()) + 1
+    most = there["camera_turn"] + 1  # the rarer one
     geometry._write_benchmark(tmp_path, val, most)
     rows = [json.loads(line) for line in (tmp_path / "rooms.jsonl").read_text().splitlines()]
     asked = collections.Counter(row["task"] for row in rows)
     assert asked == {task: min(most, count) for task, count in there.items()}
-    turns = [sample.question + sample.answer for sample in val if sample.task == "camera_turn"]
-    drawn = [row["question"] + row["answer"] for row in rows if row["task"] == "camera_turn"]
-    assert drawn == [turns[k * len(turns) // most] for k in range(most)]
+    moves = [sample.answer for sample in val if sample.task == "view_change_infer"]
+    drawn = [row["answer"] for row in rows if row["task"] == "view_change_infer"]
+    assert drawn == [moves[k * len(moves) // most] for k in range(most)]
+    assert {row["question"] for row in rows} == {sample.question for sample in val}
+    first = [path.read_bytes() for path in val[0].images]
+    assert [(tmp_path / path).read_bytes() for path in rows[0]["image"]] == first
     assert [row["id"] for row in rows] == list(range(len(rows)))
 
 
