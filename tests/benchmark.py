@@ -603,56 +603,73 @@ def scoring(N=7000):
 
 # ------------------------------------------------------------------------------ the paper's Table 2
 
-ROWS = ("no PaStA, no ActoR", "ActoR, no PaStA", "PaStA, no ActoR", "HATCH after its cold start",
-        "HATCH")
+ROWS = {"no PaStA, no ActoR": "neither", "ActoR, no PaStA": "without", "PaStA, no ActoR": "answers",
+        "HATCH after its cold start": "cold_start", "HATCH": "rooms"}  # folders in out/evaluation
 COLUMNS = ("camera_turn", "view_change_infer", "R_act, turns", "R_act, walks")
 T_975 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # of Student's t, by the number of seeds
 
 
 def table2(archive):
-    """The demo's Table 2 from an archive <row>/<seed>/{results.json, log.jsonl}: percent, mean and
-    standard deviation over seeds; differences of rows, paired by seed, with the 95 % interval of
-    Student's t; how GRPO changed the sampled R_act of its first ten steps in its last ten."""
-    scores = {}  # {(row, column): {seed: percent}}
+    """The demo's Table 2, from a zip of SEED/out/... as the commands of docs/experiment.md write it.
+
+    Percent: mean and standard deviation over seeds; differences of rows, paired by seed, with the
+    95 % interval of Student's t. Then how each cold start and each GRPO went.
+    """
     with zipfile.ZipFile(archive) as files:
-        for name in sorted(files.namelist()):
-            row, seed, file = name.split("/")
-            if file == "results.json":
-                (run,) = json.loads(files.read(name))["runs"]
-                for column in COLUMNS:
-                    if column in run["rows"]:
-                        scores.setdefault((row, column), {})[seed] = run["rows"][column][2]
-                        best = scores.setdefault(("best constant", column), {})
-                        best[seed] = run["constants"][column]
-            elif file == "log.jsonl":
-                lines = [json.loads(line) for line in files.read(name).splitlines()]
-                say_what_rose(row, seed, [line["reward_action"] for line in lines
-                                          if "reward_action" in line])
-    print("| | " + " | ".join(COLUMNS) + " |")
+        texts = {name: files.read(name).decode() for name in files.namelist()}
+    seeds = sorted({name.split("/")[0] for name in texts})
+    scores = {}  # {(row, column): {seed: percent}}
+    for (row, folder), seed in itertools.product(ROWS.items(), seeds):
+        results = texts.get(f"{seed}/out/evaluation/{folder}/results.json")
+        (run,) = json.loads(results)["runs"] if results else ({"rows": {}},)
+        for column in COLUMNS:
+            if column in run["rows"]:
+                scores.setdefault((row, column), {})[seed] = run["rows"][column][2]
+                best = scores.setdefault(("best constant", column), {})
+                best[seed] = run["constants"][column]
+    print("| | " + " | ".join(COLUMNS) + " |\n|" + "---|" * (1 + len(COLUMNS)))
     for row in ("best constant", *ROWS):
         cells = []
         for column in COLUMNS:
             values = [*scores.get((row, column), {}).values()]
             cells.append(f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" if values else "")
         print(f"| {row} | " + " | ".join(cells) + " |")
-    for one, other in itertools.combinations(ROWS, 2):
+    for one, other in itertools.combinations(("best constant", *ROWS), 2):
         for column in COLUMNS:
-            a, b = scores.get((other, column), {}), scores.get((one, column), {})
-            gains = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
-            if len(gains) > 1:
-                half = T_975[len(gains)] * np.std(gains, ddof=1) / len(gains) ** 0.5
-                verdict = "shown" if abs(np.mean(gains)) > half else "not shown"
-                print(f"{column}: {other} above {one} by {np.mean(gains):.1f} +- {half:.1f}, "
-                      f"{verdict} (by seed {', '.join(f'{gain:.1f}' for gain in gains)})")
+            say_difference(column, one, scores.get((one, column), {}),
+                           other, scores.get((other, column), {}))
+    for name, text in sorted(texts.items()):
+        if name.endswith("log.jsonl"):
+            say_how_it_went(name, [json.loads(line) for line in text.splitlines()])
 
 
-def say_what_rose(row, seed, R_act):
-    """GRPO's sampled R_act, step by step: its first ten steps and its last ten."""
+def say_difference(column, one, before, other, after):
+    """One row above another, {seed: percent} each: shown if the interval leaves 0 out."""
+    gains = [after[seed] - before[seed] for seed in sorted(after.keys() & before.keys())]
+    if len(gains) > 1:
+        half = T_975[len(gains)] * np.std(gains, ddof=1) / len(gains) ** 0.5
+        verdict = "shown" if abs(np.mean(gains)) > half else "not shown"
+        print(f"{column}: {other} above {one} by {np.mean(gains):.1f} +- {half:.1f}, {verdict} "
+              f"(by seed {', '.join(f'{gain:.1f}' for gain in gains)})")
+
+
+def say_how_it_went(name, log):
+    """PaStA's and the cold start's looks; GRPO's sampled R_act in its first and last ten steps."""
+    looks = [look for look in log if "match_accuracy" in look]
+    if looks:
+        print(f"{name}: match accuracy {looks[0]['match_accuracy']:.3f}, then "
+              f"{looks[-1]['match_accuracy']:.3f}; chance {looks[0]['chance']:.3f}")
+    for look in log:
+        if "action_constant" in look:
+            print(f"{name}: step {look['step']}, form {look['format']:.3f}, R_act "
+                  f"{look['action']:.3f} = {look['action'] / look['action_constant']:.2f} of the "
+                  f"best constant plan's")
+    R_act = [line["reward_action"] for line in log if "reward_action" in line]
     if R_act:
         first, last = np.array(R_act[:10]), np.array(R_act[-10:])
         error = float(np.hypot(first.std(ddof=1), last.std(ddof=1)) / 10**0.5)
-        print(f"{row}, seed {seed}: sampled R_act {first.mean():.3f} in the first ten steps, "
-              f"{last.mean():.3f} in the last; standard error of the difference {error:.3f}")
+        print(f"{name}: sampled R_act {first.mean():.3f} in the first ten steps, {last.mean():.3f} "
+              f"in the last; standard error of the difference {error:.3f}")
 
 
 # ------------------------------------------------------------------------------------- a CUDA GPU
