@@ -17,6 +17,7 @@
     python evaluate.py --bench spar-mv --data /path/to/SPAR-Bench
     python evaluate.py --score a/predictions.jsonl b/predictions.jsonl    # no model: scores only
     python evaluate.py --curves out/*/log.jsonl                           # training curves only
+    python evaluate.py --images a.jpg b.jpg --ask "How did the camera turn from view 0 to view 1?"
     torchrun --nproc_per_node 4 evaluate.py --bench mmsi --data /path/to/MMSI-Bench
 
 Writes --out: predictions.jsonl (as they are made: an interrupted evaluation continues),
@@ -74,6 +75,9 @@ def parse_args(argv=None):
                         "about a single image always nothing")
     p.add_argument("--blind", action="store_true", help="every picture grey: what questions tell")
     p.add_argument("--limit", type=int, help="how many questions, sampled at random; default: all")
+    # your own photos
+    p.add_argument("--images", nargs="+", metavar="FILE", help="what to --ask about; then no bench")
+    p.add_argument("--ask", metavar="QUESTION", help="print the response, its moves, its answer")
     # without a model
     p.add_argument("--score", nargs="+", metavar="FILE",
                    help="score these predictions.jsonl, of any engine, instead of making some")
@@ -102,6 +106,8 @@ def parse_args(argv=None):
         least = 0 if name == "show" else 1
         if type(value) is int and value < least:
             p.error(f"--{name.replace('_', '-')} is out of range: {value}")
+    if (args.ask is None) != (args.images is None):
+        p.error("--images FILE ... and --ask QUESTION go together")
     curves_alone = args.curves and not (args.bench or args.data or args.model)
     args.needs_model = not args.score and not curves_alone
     if not args.needs_model:
@@ -109,12 +115,12 @@ def parse_args(argv=None):
         return args
     args.bench = args.bench or "rooms"
     args.model = args.model or "out/grpo"
-    if args.bench == "rooms" and args.data is None:  # all that differs in the demo
+    if args.bench == "rooms" and args.data is None and not args.ask:  # all that differs in the demo
         args.data = "out/demo/data"
         args.max_pixels = args.max_pixels or 112 * 112
     benchmark = BENCHES[args.bench]
     single = args.bench in ("spar-si", "cvbench")
-    if args.data is None:
+    if args.data is None and not args.ask:
         p.error(f"--bench {args.bench} needs --data: {benchmark.data}")
     if args.mode not in (None, "direct") and single:
         p.error(f"--bench {args.bench} has one image a question: it is asked about directly")
@@ -256,6 +262,28 @@ def write_answers(model, tokenizer, asked, args):
             raise geometry.DataError(f"{item.id} ({item.task}): the model's logits are not finite "
                                      f"in --precision {args.precision}; try another one")
         line["response"] = text
+
+
+def answer_one(args, dtype, device):
+    """Ask the model the one question --ask about --images; print what it says."""
+    pictures = [geometry.open_image(path) for path in args.images]
+    _, model, tokenizer = load_model(args.model)
+    place(model.eval(), dtype, device)
+    processor = Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 56 * 56, "longest_edge": args.max_pixels})
+    item = Item("--ask", "camera_turn", args.ask, "", lambda: pictures, len(pictures))
+    asked = ask([item], args, tokenizer, processor, 0)
+    write_answers(model, tokenizer, [asked], args)
+    response = asked[1]["response"]
+    print(f"response  {response}")
+    plans = rewards.parse_response(response).actions
+    if plans is None:
+        print("moves     none that can be read")
+        plans = {}
+    for (i, j), plan in plans.items():
+        moves = [f"{name} {amount}" for action in plan for name, amount in action.items()]
+        print(f"moves     view {i} to view {j}: {', '.join(moves) or 'none'}")
+    print(f"answer    {answer_of(response)}")
 
 
 def longest_response(item, args):
@@ -706,6 +734,8 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world, device, dtype = start_processes(args.precision)
     say = partial(print, flush=True) if rank == 0 else lambda *_: None
+    if args.ask:
+        return answer_one(args, dtype, device)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     skipped = []  # what could not be used, and why
