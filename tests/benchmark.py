@@ -608,7 +608,7 @@ T_975 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # of Student's t, by the numbe
 
 
 def table2(archive):
-    """The demo's Table 2, from a zip of SEED/out/... as the commands of docs/experiment.md write it.
+    """The demo's Table 2, from a zip of SEED/out/... as docs/experiment.md's commands write it.
 
     Percent: mean and standard deviation over seeds; differences of rows, paired by seed, with the
     95 % interval of Student's t. Then how each cold start and each GRPO went.
@@ -712,8 +712,8 @@ def three_views(folder, size):
 
 
 ALL_TRAIN = ((69, []), (10, ["--offload"]))
-STAGES = (  # script, its flags; steps of the paper's run; held-out samples of one of its five looks;
-    # (GiB that a GPU must have, what it then needs): docs/gpu.md
+STAGES = (  # script, its flags; steps of the paper's run; held-out samples of each of its five
+    # looks; (GiB that a GPU must have, the flags that it then needs), as docs/gpu.md has them
     (pasta, [], 10_000, 64, ((14, []),)),
     (actor_sft, ["--target", "answer"], 10_000, 256, ALL_TRAIN),
     (actor_sft, ["--target", "actions"], 1_000, 256, ALL_TRAIN),
@@ -803,7 +803,7 @@ if __name__ == "__main__":
     parser.add_argument("--of", help="of peak-memory: whose")
     parser.add_argument("--peer", action="store_true", help="of grpo: beside TRL's GRPOTrainer")
     parser.add_argument("--size", type=int, default=224, help="of peak-memory: of images")
-    parser.add_argument("--model", help="of gpu: a directory, in place of random weights of 3B's size")
+    parser.add_argument("--model", help="of gpu: a directory, not random weights of 3B's size")
     chosen = parser.parse_args()
     if chosen.what == "index":
         index(1_000_000)
