@@ -96,6 +96,20 @@ def test_commands_of_the_readme_exist(root):
     assert re.search(r"pip install [^\n]*-r requirements.txt && python -m pytest", readme)
 
 
+def test_links_lead_somewhere(root):
+    """Every file that README or a page links is there, and every page is linked."""
+    linked = set()
+    for page in [root / "README.md", *sorted(root.glob("docs/*.md"))]:
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        for target in re.findall(r"\]\(([^)#\s]+)", text):
+            if "://" not in target:
+                path = (page.parent / target).resolve()
+                assert path.exists(), f"{page.name} links {target}, which is not there"
+                linked.add(path)
+    lost = {page.name for page in root.glob("docs/*.md") if page.resolve() not in linked}
+    assert not lost, f"no page links {lost}"
+
+
 def test_every_choice_that_the_paper_leaves_open_is_listed(root):
     """A tag names a row of the list, and each row is tagged where the choice is made; a tagged flag
     is in its row, so that it is found there."""
