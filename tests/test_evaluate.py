@@ -702,7 +702,7 @@ def test_table_of_an_archive(tmp_path, capsys):
     ("none.jsonl", "--score none.jsonl"), ("add --bench and --data", "--score empty.jsonl"),
     ("no usable question of MMSI-Bench (no row in any MMSI_Be", "--bench mmsi --data MODEL"),
     ("--limit is out of range: 0", "--limit 0"), ("go together", "--ask why"),
-    ("a.jpg: no such file", "--model MODEL --ask why --images a.jpg"),
+    ("a.jpg: cannot be read as an image", "--model MODEL --ask why --images a.jpg"),
     ("neither .parquet nor", "--bench mmsi --data notes.txt"),
     ("cannot be read as parquet", "--bench mmsi --data bad.parquet")])
 def test_bad_input_is_one_line(said, given, root, tiny_model, tmp_path):
