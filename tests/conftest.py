@@ -104,7 +104,7 @@ def python_blocks():
     """(page, the line above, code) of each Python block of README and docs."""
     found = []
     for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]:
-        for block in re.finditer(r"^```python\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL):
+        for block in re.finditer(r"(?ms)^```python\n(.*?)^```$", path.read_text()):
             above = block.string[:block.start()].strip().splitlines()[-1]
             found.append((str(path.relative_to(ROOT)), above, block[1]))
     return found
