@@ -486,7 +486,7 @@ def load_samples(root, split="train", tasks=None, kinds=("select", "fill")):
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"{root}: no such directory; "
-                        "--data takes the folder that holds scannet/, ...")
+                        "--data takes the folder that holds scannet/, ..., see docs/data.md")
     found = sorted(root.glob(f"*/qa_jsonl/{split}/*/*/*.jsonl"))
     samples = Samples(root, [path for path in found if path.parts[-2] in kinds and (
         tasks is None or path.parts[-3] in tasks)])
@@ -494,7 +494,7 @@ def load_samples(root, split="train", tasks=None, kinds=("select", "fill")):
         there = ", ".join(sorted({"/".join(path.parts[-3:-1]) for path in found})) or "nothing"
         raise DataError(f"{root}: no sample in */qa_jsonl/{split}/<task>/<kind>/*.jsonl with kind "
                         f"in {list(kinds)} and task in {'any' if tasks is None else list(tasks)}; "
-                        f"found there: {there}")
+                        f"found there: {there}; see docs/data.md")
     return samples
 
 
@@ -647,8 +647,9 @@ class Walk:
         shuffled = np.random.default_rng([seed, 0]).permutation(len(self.samples)).tolist()
         self.drawn = list(itertools.islice(filter(self.may_train, shuffled), count))
         if not self.drawn or next(self.heldout_samples(), None) is None:
-            raise DataError(f"{root}: too few samples to train on some and hold out others; add "
-                            f"samples, or a val folder beside train{self.first_problem()}")
+            raise DataError(
+                f"{root}: too few samples to train on some and hold out others; add samples, or a "
+                f"val folder beside train, see docs/data.md{self.first_problem()}")
 
     def may_train(self, k):
         """Whether sample k may be trained on. Each may, if there is a val split."""

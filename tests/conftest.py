@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -97,6 +98,27 @@ def kills(act):
             act()
             return
         yield
+
+
+def python_blocks():
+    """(page, the line above, code) of each Python block of README and docs."""
+    found = []
+    for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]:
+        for block in re.finditer(r"(?ms)^```python\n(.*?)^```$", path.read_text()):
+            above = block.string[:block.start()].strip().splitlines()[-1]
+            found.append((str(path.relative_to(ROOT)), above, block[1]))
+    return found
+
+
+def run_block(code, folder):
+    with contextlib.chdir(folder):
+        exec(compile(code, "a block of a page", "exec"), {"__name__": "__main__"})
+
+
+def block_with(part):
+    """The one Python block of README and docs that has this text in it."""
+    (code,) = [code for _, _, code in python_blocks() if part in code]
+    return code
 
 
 def pay(text, *_, **__):

@@ -4,6 +4,7 @@ the tests do to a model's files."""
 
 import itertools
 import json
+import shutil
 
 import numpy as np
 from PIL import Image
@@ -73,6 +74,48 @@ def make_scenes(root, train=6, val=2):
                  "Where is the second camera? A. left B. right", "AB"[int(right > 0)], {})):
             write_question(root, split, task, kind, name, which, question, answer, **more)
     return root
+
+
+def write_recordings(frames, scenes):
+    """Scenes of a tree as ScanNet exports them; the first frame of the first one was lost."""
+    for scene in scenes:
+        there = frames / scene.name
+        there.mkdir(parents=True)
+        for name in ("image_color", "image_depth", "intrinsic"):
+            (there / name.removeprefix("image_")).symlink_to(scene / name)
+        shutil.copytree(scene / "pose", there / "pose")
+    first = min((frames / scenes[0].name / "pose").iterdir())
+    np.savetxt(first, np.full((4, 4), -np.inf))
+
+
+def write_tum(folder):
+    """A TUM RGB-D recording of a room: ten pictures of each view, one a tenth of a second; poses of
+    other times between the right ones; the last depth map was taken too late. Returns the poses
+    and the depth maps in metres."""
+    room = geometry.make_room(np.random.default_rng(0))
+    K = np.array([[129, 0, 79.5], [0, 129, 63.5], [0, 0, 1]])  # freiburg1's, of a quarter's size
+    lists = {"rgb": ["# colour"], "depth": ["# depth"], "groundtruth": ["# t x y z qx qy qz qw"]}
+    depths = []
+    for name in ("rgb", "depth"):
+        (folder / name).mkdir(parents=True)
+    for k, pose in enumerate(room.poses):
+        depth, number = geometry.cast(room, K, pose, 160, 120)
+        depths.append(depth)
+        picture = geometry.paint(room, number, geometry.unproject(depth, K, pose)[0])
+        Image.fromarray(picture).save(folder / f"rgb/{k}.png")
+        Image.fromarray(np.rint(5000 * depth).astype(np.uint16)).save(folder / f"depth/{k}.png")
+        w = np.sqrt(1 + np.trace(pose[:3, :3])) / 2
+        axis = (pose[[2, 0, 1], [1, 2, 0]] - pose[[1, 2, 0], [2, 0, 1]]) / (4 * w)
+        seconds = 1305031102.175304 + k
+        late = 0.3 if k == 4 else 0.01
+        lists["depth"].append(f"{seconds + late:.6f} depth/{k}.png")
+        lists["rgb"] += [f"{seconds + tenth / 10:.6f} rgb/{k}.png" for tenth in range(10)]
+        for off, numbers in ((-0.015, [9, 9, 9, 0, 0, 0, 1]), (0.004, [*pose[:3, 3], *axis, w])):
+            lists["groundtruth"].append(" ".join(f"{number:.6f}" for number in (
+                seconds + off, *numbers)))
+    for name, lines in lists.items():
+        (folder / f"{name}.txt").write_text("\n".join(lines))
+    return room.poses, depths
 
 
 def change_weights(model, change, file="model.safetensors"):

@@ -298,10 +298,14 @@ def test_what_a_line_says(tmp_path):
 
 
 def test_filters_and_order(tmp_path):
-    with pytest.raises(geometry.DataError, match="nowhere: no such directory"):
+    """What holds no question is refused in one line, which names the page that shows the layout."""
+    with pytest.raises(geometry.DataError, match="nowhere: no such directory.*, see docs/data.md$"):
         geometry.load_samples(tmp_path / "nowhere")
+    (tmp_path / "scannet/images").mkdir(parents=True)
+    with pytest.raises(geometry.DataError, match="found there: nothing; see docs/data.md$"):
+        geometry.load_samples(tmp_path)
     annotate(tmp_path, [{}], task="position_matching", kind="sentence")
-    with pytest.raises(geometry.DataError, match="in any; found there: position_matching/sentence"):
+    with pytest.raises(geometry.DataError, match="any; found there: position_matching/sentence; "):
         geometry.load_samples(tmp_path)
     annotate(tmp_path, [{}] * 2)
     annotate(tmp_path, [{}] * 3, task="position_matching", kind="select")
@@ -405,8 +409,10 @@ def test_no_frame_that_is_held_out_is_trained_on(tmp_path):
     assert sorted(s.id for s in walk.heldout_samples()) == ["s0", "s1", "s2"]
     for name, frames in (("all", KEPT), ("none", {1, 2} - KEPT)):
         annotate(tmp_path / name, [{"image": [FRAME(k)] * 2} for k in frames])
-        with pytest.raises(geometry.DataError, match="too few samples to train on some and hold"):
+        with pytest.raises(geometry.DataError, match="too few samples to .*, see docs/data.md$"):
             geometry.Walk(tmp_path / name, 100, 0)
+        annotate(tmp_path / name, [{}], split="val")  # then all of train is trained on
+        assert len(geometry.Walk(tmp_path / name, 100, 0).drawn) == len(frames)
 
 
 def test_many_lines_that_are_no_samples(tmp_path, capsys, monkeypatch):

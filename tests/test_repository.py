@@ -5,6 +5,14 @@ import re
 import subprocess
 import sys
 
+import pytest
+
+import geometry
+import rewards
+from conftest import python_blocks, run_block
+from scenes import write_recordings, write_tum
+from test_evaluate import write_mmsi
+
 SCRIPTS = ("pasta.py", "actor_sft.py", "actor_grpo.py", "evaluate.py")
 EQUATIONS = {"geometry.py": {1, 9}, "pasta.py": {2, 3, 4, 5},
              "rewards.py": {6, 7, 8, 10, 11, 12}}
@@ -108,6 +116,36 @@ def test_links_lead_somewhere(root):
                 linked.add(path)
     lost = {page.name for page in root.glob("docs/*.md") if page.resolve() not in linked}
     assert not lost, f"no page links {lost}"
+
+
+@pytest.mark.parametrize("page, above, code", [
+    pytest.param(*block, id=f"{block[0]}-{k}") for k, block in enumerate(python_blocks())])
+def test_python_blocks_run(page, above, code, rooms, tmp_path):
+    """Each Python block of README and docs, as it stands, where the demo has been run and the data
+    lie that a block may name; it is only compiled if the line above it says "(needs ...)"."""
+    compile(code, page, "exec")
+    if re.search(r"\(needs .+\)", above):
+        return
+    (tmp_path / "out/demo").mkdir(parents=True)
+    (tmp_path / "out/demo/data").symlink_to(rooms)
+    write_recordings(tmp_path / "frames", sorted((rooms / "rooms/images").iterdir())[:2])
+    write_tum(tmp_path / "rgbd_dataset_freiburg1_room")
+    if "/path/to/MMSI-Bench" in code:
+        code = code.replace("/path/to/MMSI-Bench", str(write_mmsi(tmp_path / "mmsi").parent))
+    run_block(code, tmp_path)
+
+
+def test_answers_by_example(root):
+    """docs/data.md has each task with an answer that earns R_ans 1, by the metric of its row."""
+    page = (root / "docs/data.md").read_text()
+    shown = set()
+    for tasks, kind, answer in re.findall(
+            r"^\| (any|`.+?`) \| `(select|fill)` \| `(.+?)` \|", page, re.MULTILINE):
+        for task in re.findall(r"`(\w+)`", tasks):
+            assert rewards._metric_of(task, kind), f"{task}: appendix C.3 has no metric"
+            assert rewards.answer_reward(answer, answer, task, kind) == 1, task
+            shown.add(task)
+    assert shown == set(geometry.MULTI_VIEW_TASKS)
 
 
 def test_every_choice_that_the_paper_leaves_open_is_listed(root):

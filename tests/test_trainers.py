@@ -22,14 +22,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import conftest
 import geometry
 import pasta
-from conftest import ROOT, kills, quicken, records
+from conftest import ROOT, block_with, kills, quicken, records, run_block
 from scenes import (
-    as_published, change_json, change_weights, make_scenes, render, write_question, write_view)
+    as_published, change_json, change_weights, make_scenes, render, write_question,
+    write_recordings, write_tum, write_view)
 
 FLAGS = {"pasta": "--heldout 3", "actor_sft": "--heldout 3",
          "actor_grpo": "--batch 1 --group 3 --max-new-tokens 4 --rollouts-every 2"}
@@ -529,6 +531,7 @@ def test_bad_arguments(trainer, scenes, tiny_model, tmp_path):
         shutil.copytree(its, tmp_path / name)
     assert trainer.run(tmp_path, *trainer.flags, "--steps", 1).returncode == 0
     (tmp_path / "taken").write_text("a file")
+    (tmp_path / "empty/mine/images").mkdir(parents=True)
     write_question(tmp_path / "data", "train", "camera_turn", "fill", "scene_0", (0, 2), "?", "1")
     change_weights(tmp_path / "model", lambda tensors: tensors | {"lm_head.bias": torch.zeros(1)})
     for flags, message in (
@@ -537,6 +540,7 @@ def test_bad_arguments(trainer, scenes, tiny_model, tmp_path):
             ("--precision int8", "invalid choice"), ("--res", "unrecognized arguments: --res"),
             ("--model nowhere", "nowhere: no complete Qwen2.5-VL ("),
             ("--data nowhere", "nowhere: no such directory; --data takes the folder that holds"),
+            ("--data empty", "found there: nothing; see docs/data.md"),
             ("--out taken", "File exists: 'taken'"),
             ("--model model --out model", "--out model is the start model's"),
             ("--resume --out new", "--out new has no checkpoint.pt: leave --resume out"),
@@ -587,6 +591,52 @@ def test_the_script_on_a_console_of_ascii(trainer, scenes, tmp_path, monkeypatch
 def test_real_frames(trainer, shared, tmp_path):
     done = trainer.run(tmp_path, *trainer.flags, "--data", shared / "spar", "--steps", 1)
     assert done.returncode == 0 and "0 problems with the data" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("of", ["made", "real"])
+def test_a_tree_of_your_own(of, trainers, rooms, tmp_path, request, capsys):
+    """docs/data.md's script, as it stands, on rendered recordings or real ones: no scene is in both
+    splits, answers are those of the images' order; then two steps of each stage."""
+    scenes = sorted((rooms / "rooms/images").iterdir())[:3]
+    if of == "real":
+        scenes = sorted(request.getfixturevalue("shared").glob("spar/*/images/*"))
+    write_recordings(tmp_path / "frames", scenes)
+    for pose in (tmp_path / "frames").glob("scene_90001/pose/*"):  # these are in millimetres
+        cam2world = np.loadtxt(pose)
+        cam2world[:3, 3] /= 1000
+        np.savetxt(pose, cam2world)
+    run_block(block_with("geometry.correspondence("), tmp_path)
+    printed = capsys.readouterr().out
+    assert printed.count("left out: ") == printed.count(".txt: holds inf or NaN") == 1, printed
+    found = {split: geometry.load_samples(tmp_path / "tree", split) for split in ("train", "val")}
+    seen = {split: {sample.images[0].parts[-3] for sample in samples}
+            for split, samples in found.items()}
+    assert seen["val"] == {scenes[1].name} and seen["train"] == {
+        scene.name for scene in scenes} - seen["val"]
+    for sample in (*found["train"], *found["val"]):
+        x, y = sample.views()
+        assert 0.1 <= geometry.correspondence(x, y, 4).sum() / 16 <= 0.8
+        assert (sample.task, sample.question, sample.answer) in geometry.pose_questions(
+            geometry.relative_pose(x.cam2world, y.cam2world))
+    for name, *flags in (("pasta",), ("actor_sft", "--target", "answer"),
+                         ("actor_sft", "--target", "actions"), ("actor_grpo",)):
+        done = trainers[name].run(tmp_path, *trainers[name].flags, *flags, "--data", "tree",
+                                  "--steps", 2, "--out", "_".join([name, *flags]))
+        assert done.returncode == 0 and "; 0 problems with the data" in done.stdout, done.stdout
+        assert "looks wrong" not in done.stdout
+
+
+def test_a_recording_of_tum(tmp_path):
+    """docs/data.md's block: metres, matrices, and only what belongs to one moment."""
+    poses, depths = write_tum(tmp_path / "rgbd_dataset_freiburg1_room")
+    run_block(block_with("groundtruth.txt"), tmp_path)
+    scene = tmp_path / "frames/rgbd_dataset_freiburg1_room"
+    files = [sorted((scene / name).iterdir()) for name in ("color", "depth", "pose")]
+    assert [len(of_folder) for of_folder in files] == [4, 4, 4]
+    for picture, depth, pose, wanted, metres in zip(*files, poses, depths):
+        assert picture.stem == depth.stem == pose.stem
+        np.testing.assert_allclose(np.loadtxt(pose), wanted, atol=1e-5)
+        np.testing.assert_allclose(np.asarray(Image.open(depth)) / 1000, metres, atol=6e-4)
 
 
 @pytest.mark.parametrize("device, dtype, copies, offload, weights, state", [
