@@ -1016,9 +1016,11 @@ def draw_curves(logs):
         if stage not in PANELS:
             print(f"skipped {log}: its first line does not name the script that wrote it")
     names = run_names(logs, [seed for _, seed, _ in curves])
+    logged = dict.fromkeys(itertools.chain(*(fields for *_, fields in curves)))
+    rewarded = [field for field in logged if f"{field}_spread" in logged]  # a fork's terms as well
     panels = []
     for stage, titles in PANELS.items():
-        for field, title in titles.items():
+        for field in dict.fromkeys([*titles, *rewarded]):
             lines = []
             for name, (of_stage, _, fields) in zip(names, curves):
                 if of_stage == stage and len(fields.get(field, ())) > 1:
@@ -1028,7 +1030,7 @@ def draw_curves(logs):
                 for *_, fields in curves:
                     constants += [value for _, value in fields.get("action_constant", ())]
             if lines:
-                panels.append(panel(title, lines, constants))
+                panels.append(panel(titles.get(field, field), lines, constants))
     return svg_of(panels)
 
 
@@ -1077,7 +1079,7 @@ def panel(title, lines, constants):
     x_ticks = round_ticks([steps for _, steps, _ in lines])
     y_ticks = round_ticks([*means, constants] if constants else means)
     frame = ((x_ticks[0], x_ticks[-1]), (y_ticks[0], y_ticks[-1]))
-    parts = f'<text x="{LEFT}" y="20" font-weight="bold">{title}</text>'
+    parts = f'<text x="{LEFT}" y="20" font-weight="bold">{escape(title)}</text>'
     for tick, at in zip(y_ticks, np.linspace(BOTTOM, TOP, len(y_ticks))):
         parts += (f'<path d="M{LEFT} {at:.0f}H{RIGHT}" stroke="#ddd"/><text x="{LEFT - 8}" '
                   f'y="{at + 5:.0f}" text-anchor="end">{tick:g}</text>')

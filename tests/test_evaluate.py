@@ -589,12 +589,13 @@ def test_curves_of_several_runs(root, tmp_path):
     for name, level in logs.items():
         write_log(tmp_path / name, "actor_grpo.py", {}, [*(
             {"step": k, "reward_action": level + k / 1000, "reward": 1.0, "kl": 0.01 * k,
-             "length": float("inf")} for k in range(1, 101)), {"step": 101}], '{"st')
+             "length": float("inf"), "reward_<b>&": 0.5, "reward_<b>&_spread": 0.1}
+            for k in range(1, 101)), {"step": 101}], '{"st')
     run("evaluate.py", root, tmp_path, "--curves", *(f"{name}/log.jsonl" for name in logs))
     first, *others = xml.etree.ElementTree.parse(tmp_path / "out/evaluation/curves.svg").getroot()
     title, *ticks = first.iter("{http://www.w3.org/2000/svg}text")
     assert [title.text, *(panel[0].text for panel in others)] == [
-        "GRPO: action reward, R_act", "GRPO: reward", "GRPO: KL to the start model"]
+        "GRPO: action reward, R_act", "GRPO: reward", "GRPO: KL to the start model", "reward_<b>&"]
     assert [name.text for name in ticks[-3:]] == ["grpo", "without/grpo", "<b>&"]
     lines = [np.array([point.split(",") for point in line.get("points").split()], float)
              for line in first.iter("{http://www.w3.org/2000/svg}polyline")]
