@@ -131,7 +131,7 @@ def test_reasoning_in_words():
 
 def test_words_need_no_poses(rooms, tmp_path):
     """Reasoning in words is asked for and scored on a tree that has no poses."""
-    sample = geometry.load_samples(rooms, tasks=("depth_prediction_oc_mv",))[0]
+    sample = geometry.load_samples(rooms, tasks=("camera_turn",))[0]
     sample = dataclasses.replace(sample, images=[tmp_path / path.name for path in sample.images])
     gold = rewards.gold_of(sample, plans=False)
     assert gold.actions == {} and gold.views == 2
