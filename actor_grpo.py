@@ -96,8 +96,9 @@ def parse_args(argv=None):
     # rewards
     p.add_argument("--reasoning", choices=("action", "language"), default="action",
                    help="what comes before the answer: camera moves, or words (Table 3's ablation)")
-    p.add_argument("--weights", type=float, nargs=3, default=list(rewards.WEIGHTS),
-                   metavar=("ACT", "ANS", "FMT"), help="lambda 1 to 3 of Eq. 8; paper: 1 1 1")
+    p.add_argument("--weights", type=float, nargs=len(rewards.WEIGHTS), metavar=(*rewards.WEIGHTS,),
+                   default=[*rewards.WEIGHTS.values()],
+                   help="the lambda of each term of Eq. 8; paper: 1 1 1")
     p.add_argument("--tau-t", type=float, default=1.0,  # not in the paper: scales of R_act
                    help="metres at which R_act falls to 1 / e")
     p.add_argument("--tau-r", type=float, default=30.0,  # not in the paper: scales of R_act
@@ -382,8 +383,8 @@ def main(argv=None):
             if saves:  # before a line is printed: a closed terminal takes none
                 save_checkpoint(out, identity, step, args.steps, optimizer)
             left = (time.monotonic() - begun) / (step - start) * (args.steps - step)
-            print_step(record, args.steps, left, ("reward", "reward_action", "reward_answer",
-                                                  "reward_format", "kl", "grad_norm", "length"))
+            rewarded = [name for name in record if f"{name}_spread" in record]
+            print_step(record, args.steps, left, (*rewarded, "kl", "grad_norm", "length"))
             if "warnings" in record:
                 say(f"step {step}: {'; '.join(record['warnings'])}")
         if stop:
@@ -429,8 +430,8 @@ def show(group, step):
 def summary(logged):
     """One record of a step from what its groups logged."""
     record = {"loss": sum(group["loss"] for group in logged)}
-    for name, key in (("reward", "total"), ("reward_action", "action"),
-                      ("reward_answer", "answer"), ("reward_format", "format")):
+    for key in logged[0]["scores"][0]:  # of rewards.total_reward
+        name = "reward" if key == "total" else f"reward_{key}"
         values = [score[key] for group in logged for score in group["scores"]]
         record[name] = float(np.mean(values))
         record[f"{name}_spread"] = float(np.std(values))

@@ -17,6 +17,7 @@
     python evaluate.py --bench spar-mv --data /path/to/SPAR-Bench
     python evaluate.py --score a/predictions.jsonl b/predictions.jsonl    # no model: scores only
     python evaluate.py --curves out/*/log.jsonl                           # training curves only
+    python evaluate.py --images a.jpg b.jpg --ask "How did the camera turn from view 0 to view 1?"
     torchrun --nproc_per_node 4 evaluate.py --bench mmsi --data /path/to/MMSI-Bench
 
 Writes --out: predictions.jsonl (as they are made: an interrupted evaluation continues),
@@ -74,6 +75,9 @@ def parse_args(argv=None):
                         "about a single image always nothing")
     p.add_argument("--blind", action="store_true", help="every picture grey: what questions tell")
     p.add_argument("--limit", type=int, help="how many questions, sampled at random; default: all")
+    # your own photos
+    p.add_argument("--images", nargs="+", metavar="FILE", help="what to --ask about; then no bench")
+    p.add_argument("--ask", metavar="QUESTION", help="print the response, its moves, its answer")
     # without a model
     p.add_argument("--score", nargs="+", metavar="FILE",
                    help="score these predictions.jsonl, of any engine, instead of making some")
@@ -102,6 +106,8 @@ def parse_args(argv=None):
         least = 0 if name == "show" else 1
         if type(value) is int and value < least:
             p.error(f"--{name.replace('_', '-')} is out of range: {value}")
+    if (args.ask is None) != (args.images is None):
+        p.error("--images FILE ... and --ask QUESTION go together")
     curves_alone = args.curves and not (args.bench or args.data or args.model)
     args.needs_model = not args.score and not curves_alone
     if not args.needs_model:
@@ -109,12 +115,12 @@ def parse_args(argv=None):
         return args
     args.bench = args.bench or "rooms"
     args.model = args.model or "out/grpo"
-    if args.bench == "rooms" and args.data is None:  # all that differs in the demo
+    if args.bench == "rooms" and args.data is None and not args.ask:  # all that differs in the demo
         args.data = "out/demo/data"
         args.max_pixels = args.max_pixels or 112 * 112
     benchmark = BENCHES[args.bench]
     single = args.bench in ("spar-si", "cvbench")
-    if args.data is None:
+    if args.data is None and not args.ask:
         p.error(f"--bench {args.bench} needs --data: {benchmark.data}")
     if args.mode not in (None, "direct") and single:
         p.error(f"--bench {args.bench} has one image a question: it is asked about directly")
@@ -256,6 +262,28 @@ def write_answers(model, tokenizer, asked, args):
             raise geometry.DataError(f"{item.id} ({item.task}): the model's logits are not finite "
                                      f"in --precision {args.precision}; try another one")
         line["response"] = text
+
+
+def answer_one(args, dtype, device):
+    """Ask the model the one question --ask about --images; print what it says."""
+    pictures = [geometry.open_image(path) for path in args.images]
+    _, model, tokenizer = load_model(args.model)
+    place(model.eval(), dtype, device)
+    processor = Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 56 * 56, "longest_edge": args.max_pixels})
+    item = Item("--ask", "camera_turn", args.ask, "", lambda: pictures, len(pictures))
+    asked = ask([item], args, tokenizer, processor, 0)
+    write_answers(model, tokenizer, [asked], args)
+    response = asked[1]["response"]
+    print(f"response  {response}")
+    plans = rewards.parse_response(response).actions
+    if plans is None:
+        print("moves     none that can be read")
+        plans = {}
+    for (i, j), plan in plans.items():
+        moves = [f"{name} {amount}" for action in plan for name, amount in action.items()]
+        print(f"moves     view {i} to view {j}: {', '.join(moves) or 'none'}")
+    print(f"answer    {answer_of(response)}")
 
 
 def longest_response(item, args):
@@ -706,6 +734,8 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world, device, dtype = start_processes(args.precision)
     say = partial(print, flush=True) if rank == 0 else lambda *_: None
+    if args.ask:
+        return answer_one(args, dtype, device)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     skipped = []  # what could not be used, and why
@@ -986,9 +1016,11 @@ def draw_curves(logs):
         if stage not in PANELS:
             print(f"skipped {log}: its first line does not name the script that wrote it")
     names = run_names(logs, [seed for _, seed, _ in curves])
+    logged = dict.fromkeys(itertools.chain(*(fields for *_, fields in curves)))
+    rewarded = [field for field in logged if f"{field}_spread" in logged]  # a fork's terms as well
     panels = []
     for stage, titles in PANELS.items():
-        for field, title in titles.items():
+        for field in dict.fromkeys([*titles, *rewarded]):
             lines = []
             for name, (of_stage, _, fields) in zip(names, curves):
                 if of_stage == stage and len(fields.get(field, ())) > 1:
@@ -998,7 +1030,7 @@ def draw_curves(logs):
                 for *_, fields in curves:
                     constants += [value for _, value in fields.get("action_constant", ())]
             if lines:
-                panels.append(panel(title, lines, constants))
+                panels.append(panel(titles.get(field, field), lines, constants))
     return svg_of(panels)
 
 
@@ -1047,7 +1079,7 @@ def panel(title, lines, constants):
     x_ticks = round_ticks([steps for _, steps, _ in lines])
     y_ticks = round_ticks([*means, constants] if constants else means)
     frame = ((x_ticks[0], x_ticks[-1]), (y_ticks[0], y_ticks[-1]))
-    parts = f'<text x="{LEFT}" y="20" font-weight="bold">{title}</text>'
+    parts = f'<text x="{LEFT}" y="20" font-weight="bold">{escape(title)}</text>'
     for tick, at in zip(y_ticks, np.linspace(BOTTOM, TOP, len(y_ticks))):
         parts += (f'<path d="M{LEFT} {at:.0f}H{RIGHT}" stroke="#ddd"/><text x="{LEFT - 8}" '
                   f'y="{at + 5:.0f}" text-anchor="end">{tick:g}</text>')

@@ -439,21 +439,24 @@ def gold_of(sample, plans=True):
     return Gold(actions, sample.answer, sample.task, sample.kind, views)
 
 
-WEIGHTS = (1.0, 1.0, 1.0)  # Eq. 12
+WEIGHTS = {"action": 1.0, "answer": 1.0, "format": 1.0}  # Eq. 12
 
 
-def total_reward(text, gold, weights=WEIGHTS, tau_t=TAU_T, tau_r=TAU_R, block="action"):
-    """R and its parts: {"total", "action", "answer", "format"}. gold: Gold.
+def total_reward(text, gold, weights=WEIGHTS.values(), tau_t=TAU_T, tau_r=TAU_R, block="action"):
+    """R and its terms: {"total", "action", "answer", "format"}. gold: Gold; weights: of each term.
 
-    With block "think" there are no actions to reward.
+    With block "think" there are no actions to reward. The log of GRPO has a field for each name.
     """
     R_act = 0.0  # not in the paper: language variant
     if block == "action":
         R_act = action_reward(text, gold.actions, tau_t, tau_r)
     R_ans = answer_reward(parse_response(text).answer, gold.answer, gold.task, gold.kind)
     R_fmt = format_reward(text, gold.views, block)
-    R = weights[0] * R_act + weights[1] * R_ans + weights[2] * R_fmt  # Eq. 8
-    return {"total": R, "action": R_act, "answer": R_ans, "format": R_fmt}
+    terms = {"action": R_act, "answer": R_ans, "format": R_fmt}  # in the order of WEIGHTS
+    R = 0.0
+    for weight, term in zip(weights, terms.values(), strict=True):
+        R += weight * term  # Eq. 8
+    return {"total": R, **terms}
 
 
 # -------------------------------------------------------------------- what R_act is compared with

@@ -8,7 +8,8 @@
     grpo     a prompt computed once beside G separate rows; sampling 4 prompts together beside one
              by one; --peer: a step beside TRL's trainer, and sampling
     evaluate scoring 7,000 predictions
-    gpu      the 3B configuration with random weights, a step of each stage; needs a CUDA GPU
+    gpu      a whole step of each stage at 3B's size, random weights, the paper's values; needs a
+             CUDA GPU, or a small model: --model out/demo/model
     table2   docs/table2.zip: the demo's Table 2, its differences and their intervals
 
 Medians of interleaved repetitions. Nothing here is a test: machines differ, ratios less so.
@@ -22,6 +23,7 @@ import itertools
 import json
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,6 +31,7 @@ import time
 import zipfile
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -389,20 +392,15 @@ def one_prompt_phases(model, prompts, tokens):
     return sampler(model, prompts, G, T), reference, policy
 
 
-def sampling(name, model, prompt, G, T, B=4, repeat=3, wait=lambda: None):
-    """B prompts, all of them together beside one by one. wait: for the device."""
+def sampling(name, model, prompt, G, T, B=4, repeat=3):
+    """B prompts, all of them together beside one by one."""
     together, one = sampler(model, [prompt] * B, G, T), sampler(model, [prompt], G, T)
-
-    def at_once():
-        together()
-        wait()
 
     def one_by_one():
         for _ in range(B):
             one()
-        wait()
 
-    fast, slow = interleaved([at_once, one_by_one], repeat)
+    fast, slow = interleaved([together, one_by_one], repeat)
     print(f"sampling {B} x {G} x {T} tokens{name}: one by one {slow:.2f} s, together {fast:.2f} s: "
           f"{slow / fast:.1f}x", flush=True)
 
@@ -603,56 +601,73 @@ def scoring(N=7000):
 
 # ------------------------------------------------------------------------------ the paper's Table 2
 
-ROWS = ("no PaStA, no ActoR", "ActoR, no PaStA", "PaStA, no ActoR", "HATCH after its cold start",
-        "HATCH")
+ROWS = {"no PaStA, no ActoR": "neither", "ActoR, no PaStA": "without", "PaStA, no ActoR": "answers",
+        "HATCH after its cold start": "cold_start", "HATCH": "rooms"}  # folders in out/evaluation
 COLUMNS = ("camera_turn", "view_change_infer", "R_act, turns", "R_act, walks")
 T_975 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # of Student's t, by the number of seeds
 
 
 def table2(archive):
-    """The demo's Table 2 from an archive <row>/<seed>/{results.json, log.jsonl}: percent, mean and
-    standard deviation over seeds; differences of rows, paired by seed, with the 95 % interval of
-    Student's t; how GRPO changed the sampled R_act of its first ten steps in its last ten."""
-    scores = {}  # {(row, column): {seed: percent}}
+    """The demo's Table 2, from a zip of SEED/out/... as docs/experiment.md's commands write it.
+
+    Percent: mean and standard deviation over seeds; differences of rows, paired by seed, with the
+    95 % interval of Student's t. Then how each cold start and each GRPO went.
+    """
     with zipfile.ZipFile(archive) as files:
-        for name in sorted(files.namelist()):
-            row, seed, file = name.split("/")
-            if file == "results.json":
-                (run,) = json.loads(files.read(name))["runs"]
-                for column in COLUMNS:
-                    if column in run["rows"]:
-                        scores.setdefault((row, column), {})[seed] = run["rows"][column][2]
-                        best = scores.setdefault(("best constant", column), {})
-                        best[seed] = run["constants"][column]
-            elif file == "log.jsonl":
-                lines = [json.loads(line) for line in files.read(name).splitlines()]
-                say_what_rose(row, seed, [line["reward_action"] for line in lines
-                                          if "reward_action" in line])
-    print("| | " + " | ".join(COLUMNS) + " |")
+        texts = {name: files.read(name).decode() for name in files.namelist()}
+    seeds = sorted({name.split("/")[0] for name in texts})
+    scores = {}  # {(row, column): {seed: percent}}
+    for (row, folder), seed in itertools.product(ROWS.items(), seeds):
+        results = texts.get(f"{seed}/out/evaluation/{folder}/results.json")
+        (run,) = json.loads(results)["runs"] if results else ({"rows": {}},)
+        for column in COLUMNS:
+            if column in run["rows"]:
+                scores.setdefault((row, column), {})[seed] = run["rows"][column][2]
+                best = scores.setdefault(("best constant", column), {})
+                best[seed] = run["constants"][column]
+    print("| | " + " | ".join(COLUMNS) + " |\n|" + "---|" * (1 + len(COLUMNS)))
     for row in ("best constant", *ROWS):
         cells = []
         for column in COLUMNS:
             values = [*scores.get((row, column), {}).values()]
             cells.append(f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" if values else "")
         print(f"| {row} | " + " | ".join(cells) + " |")
-    for one, other in itertools.combinations(ROWS, 2):
+    for one, other in itertools.combinations(("best constant", *ROWS), 2):
         for column in COLUMNS:
-            a, b = scores.get((other, column), {}), scores.get((one, column), {})
-            gains = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
-            if len(gains) > 1:
-                half = T_975[len(gains)] * np.std(gains, ddof=1) / len(gains) ** 0.5
-                verdict = "shown" if abs(np.mean(gains)) > half else "not shown"
-                print(f"{column}: {other} above {one} by {np.mean(gains):.1f} +- {half:.1f}, "
-                      f"{verdict} (by seed {', '.join(f'{gain:.1f}' for gain in gains)})")
+            say_difference(column, one, scores.get((one, column), {}),
+                           other, scores.get((other, column), {}))
+    for name, text in sorted(texts.items()):
+        if name.endswith("log.jsonl"):
+            say_how_it_went(name, [json.loads(line) for line in text.splitlines()])
 
 
-def say_what_rose(row, seed, R_act):
-    """GRPO's sampled R_act, step by step: its first ten steps and its last ten."""
+def say_difference(column, one, before, other, after):
+    """One row above another, {seed: percent} each: shown if the interval leaves 0 out."""
+    gains = [after[seed] - before[seed] for seed in sorted(after.keys() & before.keys())]
+    if len(gains) > 1:
+        half = T_975[len(gains)] * np.std(gains, ddof=1) / len(gains) ** 0.5
+        verdict = "shown" if abs(np.mean(gains)) > half else "not shown"
+        print(f"{column}: {other} above {one} by {np.mean(gains):.1f} +- {half:.1f}, {verdict} "
+              f"(by seed {', '.join(f'{gain:.1f}' for gain in gains)})")
+
+
+def say_how_it_went(name, log):
+    """PaStA's and the cold start's looks; GRPO's sampled R_act in its first and last ten steps."""
+    looks = [look for look in log if "match_accuracy" in look]
+    if looks:
+        print(f"{name}: match accuracy {looks[0]['match_accuracy']:.3f}, then "
+              f"{looks[-1]['match_accuracy']:.3f}; chance {looks[0]['chance']:.3f}")
+    for look in log:
+        if "action_constant" in look:
+            print(f"{name}: step {look['step']}, form {look['format']:.3f}, R_act "
+                  f"{look['action']:.3f} = {look['action'] / look['action_constant']:.2f} of the "
+                  f"best constant plan's")
+    R_act = [line["reward_action"] for line in log if "reward_action" in line]
     if R_act:
         first, last = np.array(R_act[:10]), np.array(R_act[-10:])
         error = float(np.hypot(first.std(ddof=1), last.std(ddof=1)) / 10**0.5)
-        print(f"{row}, seed {seed}: sampled R_act {first.mean():.3f} in the first ten steps, "
-              f"{last.mean():.3f} in the last; standard error of the difference {error:.3f}")
+        print(f"{name}: sampled R_act {first.mean():.3f} in the first ten steps, {last.mean():.3f} "
+              f"in the last; standard error of the difference {error:.3f}")
 
 
 # ------------------------------------------------------------------------------------- a CUDA GPU
@@ -671,68 +686,112 @@ def published_3b():
         video_token_id=151_656, vision_start_token_id=151_652, vision_end_token_id=151_653)
 
 
-def gpu(G=8, T=288):
-    """A step of each stage at 3B: random bf16 weights, three 448x448 images, recomputing."""
-    if not torch.cuda.is_available():
-        print("the 3B configuration: not measured, no CUDA GPU here")
-        return
-    cuda = torch.device("cuda")
-    ids = torch.cat([torch.full((40,), 9707), *(
-        torch.tensor([151_652, *[151_655] * 256, 151_653]) for _ in range(3)),
-        torch.full((120,), 9707)])
-    images = {"pixel_values": torch.randn(3 * 1024, 1176),
-              "image_grid_thw": torch.tensor([[1, 32, 32]] * 3)}
-    S = torch.rand(16, 16, device=cuda, dtype=torch.float32)
-    pairs = [(x, y, S) for x, y in itertools.combinations(range(3), 2)]
-    args = pasta.parse_args(["--data", "-"])
-    tokens = torch.randint(1000, 9000, (G, T), device=cuda)
-    mask, A = torch.ones_like(tokens, dtype=torch.bool), torch.linspace(
-        -1, 1, G, device=cuda, dtype=torch.float32)
+def random_3b(path, data):
+    """A directory of the published model's shapes: random bf16 weights, the demo's tokenizer."""
+    pasta.make_demo_model(path, data, seed=0)
+    demo = Qwen2_5_VLConfig.from_pretrained(path)
+    config = published_3b()
+    for token in ("image_token_id", "video_token_id", "vision_start_token_id",
+                  "vision_end_token_id"):
+        setattr(config, token, getattr(demo, token))
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(path, max_shard_size="20GB")
+    return path
 
-    def align(model):
-        e = pasta.encode(model, *images.values(), 4)
-        return pasta.alignment_loss(e, pairs, len(pairs), args)[0]
 
-    def tune(model):
-        example = actor_sft.Example(
-            "", torch.cat([ids, torch.full((250,), 1000)]), len(ids), images, None, "actions")
-        return -actor_sft.response_log_probs(model, example).mean()
+def three_views(folder, size):
+    """A tree whose questions show three views each, 24 to train on and 16 held out."""
+    data = make_data(folder, size, train=24, val=16)
+    for questions in data.glob("boxes/qa_jsonl/*/*"):
+        if questions.name != "depth_prediction_oc_mv":
+            shutil.rmtree(questions)
+    return data
 
-    def asked(model):
-        positions, _ = model.model.get_rope_index(
-            ids[None], (ids == 151_655).int()[None], image_grid_thw=images["image_grid_thw"])
-        return actor_grpo.Prompt("", ids, positions[:, 0], images, None, T)
 
-    def reinforce(model):
-        log_p = actor_grpo.group_log_probs(model, asked(model), tokens, mask, 1.0, recompute=True)
-        return actor_grpo.grpo_loss(log_p, log_p.detach(), log_p.detach(), A, mask, 0.2, 0.01)[0]
+ALL_TRAIN = ((69, []), (10, ["--offload"]))
+STAGES = (  # script, its flags; steps of the paper's run; held-out samples of each of its five
+    # looks; (GiB that a GPU must have, the flags that it then needs), as docs/gpu.md has them
+    (pasta, [], 10_000, 64, ((14, []),)),
+    (actor_sft, ["--target", "answer"], 10_000, 256, ALL_TRAIN),
+    (actor_sft, ["--target", "actions"], 1_000, 256, ALL_TRAIN),
+    (actor_grpo, [], 2_500, 0, ((77, []), (18, ["--offload"]), (11, ["--offload", "--beta", "0"]))))
 
-    for name, loss_of, offload in (("pasta", align, False), ("sft", tune, False),
-                                   ("sft --offload", tune, True), ("grpo", reinforce, False)):
-        torch.set_default_dtype(torch.bfloat16)
-        with cuda:
-            model = Qwen2_5_VLForConditionalGeneration(published_3b())
-        torch.set_default_dtype(torch.float32)
-        blocks = [*model.model.visual.blocks]
-        blocks += [*model.model.language_model.layers] if loss_of is tune else []
-        for block in blocks:
-            actor_sft.recompute_in_backward(block)
-        trained = model.model.visual if loss_of is align else model
-        optimizer = optimizer_of(actor_sft, trained, torch.bfloat16, cuda, offload)
-        torch.cuda.reset_peak_memory_stats()
 
-        def step(optimizer=optimizer, trained=trained, loss_of=loss_of):
-            optimizer.backward(loss_of(trained))
-            optimizer.step(optimizer.reduce())
-            torch.cuda.synchronize()
+def run_stage(module, flags):
+    """The script's own main, which here saves nothing: when each step ended, and its record."""
+    ends = []
 
-        (seconds,) = interleaved([step], 3)
-        print(f"{name} at 3B, three 448x448 images: {seconds:.2f} s a step, peak "
-              f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True)
-        if loss_of is reinforce:
-            sampling(" at 3B", model, asked(model), G, T, wait=torch.cuda.synchronize)
-        del model, trained, optimizer, blocks, step
-        torch.cuda.empty_cache()
+    def note(path, record):
+        if path.name == "log.jsonl" and record.get("step"):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            ends.append((time.perf_counter(), record))
+
+    nothing = {name: lambda *_, **__: None
+               for name in ("save_checkpoint", "save_model", "print_step")}
+    with mock.patch.multiple(module, write_line=note, catch_signals=list, **nothing):
+        with contextlib.redirect_stdout(io.StringIO()):
+            module.main(flags)
+    return ends
+
+
+def gpu(model=None, size=448, steps=8):
+    """Whole steps of each stage by the scripts themselves, with the paper's values and the flags
+    that the GPU needs; images of `size` pixels a side, reading them included, saving not. Of random
+    weights no completion ends, so that GRPO samples as many tokens as it may: 288 for three views.
+    """
+    room = float("inf")
+    if torch.cuda.is_available():
+        room = torch.cuda.get_device_properties(0).total_memory / 2**30
+    elif model is None:
+        sys.exit("benchmark.py gpu: no CUDA GPU here. It needs one of 16 GB or more (driver 580 or "
+                 "newer for torch's default wheel), 10 GB of disk in the temporary folder, and "
+                 "below 80 GB of GPU memory 64 GiB of free host memory. The same steps on this "
+                 "machine's CPU: --model with a small one, such as out/demo/model")
+    with tempfile.TemporaryDirectory() as folder:
+        data = three_views(folder, size)
+        model = model or random_3b(Path(folder) / "3b", data)
+        for number, (module, flags, in_all, heldout, choices) in enumerate(STAGES):
+            fitting = [needed for least, needed in choices if least <= room]
+            flags = [*flags, *(fitting[0] if fitting else choices[-1][1])]
+            name = " ".join([Path(module.__file__).name, *flags])
+            given = ["--model", str(model), "--data", str(data), "--steps", str(steps),
+                     "--save-every", str(steps), "--out", f"{folder}/{number}"]
+            if heldout:
+                given += ["--heldout", "16"]
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            try:
+                ends = run_stage(module, [*flags, *given])
+            except (geometry.DataError, torch.OutOfMemoryError) as error:
+                print(f"{name}: {str(error).splitlines()[0]}", flush=True)
+                continue
+            print(f"{name}: {say_step(ends, in_all, heldout)}", flush=True)
+
+
+def say_step(ends, in_all, heldout):
+    """What the ends of some steps say of a whole run. The first step warms up, the last one has a
+    look at held-out samples; one that changed no weight, as the first may in fp16, is shorter."""
+    times = [end for end, _ in ends]
+    taken = [after - before for before, after, (_, record) in zip(times, times[1:-1], ends[1:])
+             if "skipped" not in record]
+    if not taken:
+        return "no step changed a weight"
+    step = float(np.median(taken))
+    line = f"{step:.2f} s a step, {in_all:,} steps {in_all * step / 3600:.1f} h"
+    if heldout:
+        look = max(0, times[-1] - times[-2] - step) * heldout / 16
+        line += f", five looks at {heldout} held-out samples {5 * look / 3600:.1f} h"
+    else:
+        line += f", completions of {ends[-1][1]['length']:.0f} tokens"
+    if torch.cuda.is_available():
+        line += (f"; peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, reserved "
+                 f"{torch.cuda.max_memory_reserved() / 2**30:.1f}")
+    return line
 
 
 if __name__ == "__main__":
@@ -744,6 +803,7 @@ if __name__ == "__main__":
     parser.add_argument("--of", help="of peak-memory: whose")
     parser.add_argument("--peer", action="store_true", help="of grpo: beside TRL's GRPOTrainer")
     parser.add_argument("--size", type=int, default=224, help="of peak-memory: of images")
+    parser.add_argument("--model", help="of gpu: a directory, not random weights of 3B's size")
     chosen = parser.parse_args()
     if chosen.what == "index":
         index(1_000_000)
@@ -759,7 +819,7 @@ if __name__ == "__main__":
     elif chosen.what == "evaluate":
         scoring()
     elif chosen.what == "gpu":
-        gpu()
+        gpu(chosen.model)
     elif chosen.what == "table2":
         table2(chosen.archive)
     elif chosen.of in ("plain-loss", "chunked-loss"):

@@ -306,6 +306,34 @@ def test_each_is_answered_as_if_asked_alone(answered, rooms, tiny_model):
         assert said == [made[item.id]["response"]]
 
 
+def test_ask_about_photos(answered, rooms, tiny_model, tmp_path, monkeypatch, capsys):
+    """About a question's pictures the model says what it says in the evaluation; what is written is
+    read out; a single picture is asked about without moves."""
+    item = evaluate.load_items("rooms", rooms)[0]
+    paths = [str(tmp_path / f"{k}.png") for k in range(item.views)]
+    for path, picture in zip(paths, item.images()):
+        picture.save(path)
+    given = ["--model", str(tiny_model), "--ask", item.question, "--max-new-tokens", "10"]
+    evaluate.main([*given, "--images", *paths])
+    said = predictions(answered)[item.id]["response"]
+    assert capsys.readouterr().out.startswith(
+        f"response  {said}\nmoves     none that can be read\nanswer    ")
+
+    said = '<action>[{"from":0,"to":1,"action":[{"turn_right_deg":5}]}]</action><answer>x</answer>'
+    prompts = []
+
+    def write(model, tokenizer, asked, longest):
+        prompts.extend(tokenizer.decode(ids) for ids, _ in asked)
+        return [said]
+
+    monkeypatch.setattr(evaluate, "generate_greedily", write)
+    evaluate.main([*given, "--images", *paths])
+    evaluate.main([*given, "--images", paths[0]])
+    assert capsys.readouterr().out == 2 * (
+        f"response  {said}\nmoves     view 0 to view 1: turn_right_deg 5\nanswer    x\n")
+    assert [rewards.ACTION_INSTRUCTION in prompt for prompt in prompts] == [True, False]
+
+
 def test_a_response_depends_on_its_own_budget(tiny_model, monkeypatch):
     """Questions about two and about four images are answered in one batch as each alone: what comes
     behind a row's budget, tokens or NaN, is not its own."""
@@ -561,12 +589,13 @@ def test_curves_of_several_runs(root, tmp_path):
     for name, level in logs.items():
         write_log(tmp_path / name, "actor_grpo.py", {}, [*(
             {"step": k, "reward_action": level + k / 1000, "reward": 1.0, "kl": 0.01 * k,
-             "length": float("inf")} for k in range(1, 101)), {"step": 101}], '{"st')
+             "length": float("inf"), "reward_<b>&": 0.5, "reward_<b>&_spread": 0.1}
+            for k in range(1, 101)), {"step": 101}], '{"st')
     run("evaluate.py", root, tmp_path, "--curves", *(f"{name}/log.jsonl" for name in logs))
     first, *others = xml.etree.ElementTree.parse(tmp_path / "out/evaluation/curves.svg").getroot()
     title, *ticks = first.iter("{http://www.w3.org/2000/svg}text")
     assert [title.text, *(panel[0].text for panel in others)] == [
-        "GRPO: action reward, R_act", "GRPO: reward", "GRPO: KL to the start model"]
+        "GRPO: action reward, R_act", "GRPO: reward", "GRPO: KL to the start model", "reward_<b>&"]
     assert [name.text for name in ticks[-3:]] == ["grpo", "without/grpo", "<b>&"]
     lines = [np.array([point.split(",") for point in line.get("points").split()], float)
              for line in first.iter("{http://www.w3.org/2000/svg}polyline")]
@@ -644,14 +673,15 @@ def test_table_of_an_archive(tmp_path, capsys):
     """Means, deviations and paired intervals by hand: gains of 2, 4 and 6 are 4 +- 4.97."""
     path = tmp_path / "table2.zip"
     with zipfile.ZipFile(path, "w") as files:
-        for row, gain in (("PaStA, no ActoR", 0), ("HATCH", 2)):
+        for folder, gain in (("answers", 0), ("rooms", 2)):
             for seed in range(3):
                 score = 50 + 10 * seed + gain * (1 + seed)
-                files.writestr(f"{row}/{seed}/results.json", json.dumps({"runs": [{
+                name = f"{seed}/out/evaluation/{folder}/results.json"
+                files.writestr(name, json.dumps({"runs": [{
                     "rows": {"camera_turn": [1, 250, score, 0, 0]},
                     "constants": {"camera_turn": 20.0}}]}))
         rewards_of_steps = [*[0.1, 0.3] * 5, *[0.9] * 7, *[0.5, 0.7] * 5]
-        files.writestr("HATCH/0/log.jsonl", "\n".join(
+        files.writestr("0/out/grpo/log.jsonl", "\n".join(
             json.dumps({"reward_action": value}) for value in rewards_of_steps))
     benchmark.table2(path)
     printed = capsys.readouterr().out
@@ -659,7 +689,7 @@ def test_table_of_an_archive(tmp_path, capsys):
     assert "| HATCH | 64.0 ± 12.0 |" in printed
     assert ("camera_turn: HATCH above PaStA, no ActoR by 4.0 +- 5.0, not shown (by seed 2.0, 4.0, "
             "6.0)") in printed
-    assert ("HATCH, seed 0: sampled R_act 0.200 in the first ten steps, 0.600 in the last; "
+    assert ("0/out/grpo/log.jsonl: sampled R_act 0.200 in the first ten steps, 0.600 in the last; "
             "standard error of the difference 0.047") in printed
 
 
@@ -672,7 +702,8 @@ def test_table_of_an_archive(tmp_path, capsys):
     ("one image a question", "--bench cvbench --data . --mode action"),
     ("none.jsonl", "--score none.jsonl"), ("add --bench and --data", "--score empty.jsonl"),
     ("no usable question of MMSI-Bench (no row in any MMSI_Be", "--bench mmsi --data MODEL"),
-    ("--limit is out of range: 0", "--limit 0"),
+    ("--limit is out of range: 0", "--limit 0"), ("go together", "--ask why"),
+    ("a.jpg: cannot be read as an image", "--model MODEL --ask why --images a.jpg"),
     ("neither .parquet nor", "--bench mmsi --data notes.txt"),
     ("cannot be read as parquet", "--bench mmsi --data bad.parquet")])
 def test_bad_input_is_one_line(said, given, root, tiny_model, tmp_path):

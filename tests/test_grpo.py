@@ -498,7 +498,7 @@ def test_reasoning_in_words_needs_no_poses(made, scenes, tmp_path):
 
 
 def test_summary_by_hand():
-    score = dict.fromkeys(("action", "answer", "format"), 0.5)
+    score = dict.fromkeys(("action", "answer", "format", "new_term"), 0.5)
     mean = ("kl", "clip_share", "length", "truncated", "distinct", "dead_groups")
     groups = [{"scores": [score | {"total": x} for x in totals],
                **dict.fromkeys((*mean, "loss", "kl_max", "ratio_max", "gap"), value)}

@@ -104,6 +104,20 @@ def test_commands_of_the_readme_exist(root):
     assert re.search(r"pip install [^\n]*-r requirements.txt && python -m pytest", readme)
 
 
+def test_links_lead_somewhere(root):
+    """Every file that README or a page links is there, and every page is linked."""
+    linked = set()
+    for page in [root / "README.md", *sorted(root.glob("docs/*.md"))]:
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        for target in re.findall(r"\]\(([^)#\s]+)", text):
+            if "://" not in target:
+                path = (page.parent / target).resolve()
+                assert path.exists(), f"{page.name} links {target}, which is not there"
+                linked.add(path)
+    lost = {page.name for page in root.glob("docs/*.md") if page.resolve() not in linked}
+    assert not lost, f"no page links {lost}"
+
+
 @pytest.mark.parametrize("page, above, code", [
     pytest.param(*block, id=f"{block[0]}-{k}") for k, block in enumerate(python_blocks())])
 def test_python_blocks_run(page, above, code, rooms, tmp_path):

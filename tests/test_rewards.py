@@ -205,7 +205,8 @@ def test_the_longest_plan_of_the_largest_amounts(actions, mirrored, wanted):
 
 
 def test_means_and_weights():
-    """Eq. 10 is averaged over the required pairs; Eq. 8 takes weights, and Eq. 10's tau."""
+    """Eq. 10 is averaged over the required pairs; Eq. 8 takes weights, one a term and in the order
+    of the terms, and Eq. 10's tau."""
     text = rewards.write_response({(0, 1): AHEAD, (1, 2): [], (4, 5): []}, "1.8")
     gold = GOLD._replace(actions={(0, 1): [{"move_forward_m": 3}], (0, 2): [], (1, 2): []},
                          answer="2.0")
@@ -213,6 +214,9 @@ def test_means_and_weights():
     assert abs(parts["action"] - (math.exp(-2) + 1) / 3) < 1e-9 and parts["format"] == 0
     assert abs(parts["total"] - 2 * parts["action"] - 3 * 0.9) < 1e-9
     assert rewards.total_reward(TEACHER, GOLD, (2, 3, 5))["total"] == 10
+    assert [*parts] == ["total", *rewards.WEIGHTS]
+    with pytest.raises(ValueError):
+        rewards.total_reward(TEACHER, GOLD, (2, 3, 5, 7))
 
 
 def test_constant_plan():
