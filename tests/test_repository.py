@@ -122,7 +122,7 @@ def test_links_lead_somewhere(root):
     pytest.param(*block, id=f"{block[0]}-{k}") for k, block in enumerate(python_blocks())])
 def test_python_blocks_run(page, above, code, rooms, tmp_path):
     """Each Python block of README and docs, as it stands, where the demo has been run and the data
-    lie that a block may name; it is only compiled if the line above it says "needs `pip install ...`"."""
+    lie that a block may name; only compiled if the line above it says "needs `pip install"."""
     compile(code, page, "exec")
     if "needs `pip install" in above:
         return
