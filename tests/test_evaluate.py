@@ -317,7 +317,8 @@ def test_ask_about_photos(answered, rooms, tiny_model, tmp_path, monkeypatch, ca
     evaluate.main([*given, "--images", *paths])
     said = predictions(answered)[item.id]["response"]
     assert capsys.readouterr().out.startswith(
-        f"response  {said}\nmoves     none that can be read\nanswer    ")
+        f"response  {said}\n"
+        "form      not the one asked for: moves and answer are what can be read\nanswer    ")
 
     said = '<action>[{"from":0,"to":1,"action":[{"turn_right_deg":5}]}]</action><answer>x</answer>'
     prompts = []
@@ -332,6 +333,24 @@ def test_ask_about_photos(answered, rooms, tiny_model, tmp_path, monkeypatch, ca
     assert capsys.readouterr().out == 2 * (
         f"response  {said}\nmoves     view 0 to view 1: turn_right_deg 5\nanswer    x\n")
     assert [rewards.ACTION_INSTRUCTION in prompt for prompt in prompts] == [True, False]
+    evaluate.main([*given, "--images", *paths, paths[0]])  # two of three pairs lack
+    assert "turn_right_deg 5\nform      not the one asked for" in capsys.readouterr().out
+
+
+def test_a_photo_on_its_side_is_put_upright(root, tiny_model, tmp_path, monkeypatch):
+    """Where its EXIF data say so: the model sees the same pixels."""
+    upright = Image.effect_noise((48, 96), 64).convert("RGB")
+    upright.save(tmp_path / "upright.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "lies.png", exif=exif)
+    seen = []
+    monkeypatch.setattr(evaluate, "generate_greedily", lambda model, tokenizer, asked, longest: [
+        seen.append(images["pixel_values"]) or "x" for _, images in asked])
+    for name in ("upright", "lies"):
+        run("evaluate.py", root, tmp_path, "--model", tiny_model, "--ask", "?", "--images",
+            f"{name}.png")
+    assert torch.equal(*seen)
 
 
 def test_a_response_depends_on_its_own_budget(tiny_model, monkeypatch):
@@ -704,11 +723,16 @@ def test_table_of_an_archive(tmp_path, capsys):
     ("no usable question of MMSI-Bench (no row in any MMSI_Be", "--bench mmsi --data MODEL"),
     ("--limit is out of range: 0", "--limit 0"), ("go together", "--ask why"),
     ("a.jpg: cannot be read as an image", "--model MODEL --ask why --images a.jpg"),
+    ("go together", "--images long.png"),
+    ("go together", "--ask why --images long.png --score empty.jsonl"),
+    ("go together", "--ask why --images long.png --bench mmsi --data good.jsonl"),
+    ("images or text cannot be encoded", "--model MODEL --ask why --images long.png"),
     ("neither .parquet nor", "--bench mmsi --data notes.txt"),
     ("cannot be read as parquet", "--bench mmsi --data bad.parquet")])
 def test_bad_input_is_one_line(said, given, root, tiny_model, tmp_path):
     for name in ("empty.jsonl", "notes.txt", "bad.parquet"):
         (tmp_path / name).touch()
+    Image.new("L", (4040, 16)).save(tmp_path / "long.png")  # longer than 200 : 1
     write_lines(tmp_path / "good.jsonl", [
         {"id": 1, "question_type": "MSR", "question": "?", "answer": "A", "images": ["x.jpg"]}])
     done = run("evaluate.py", root, tmp_path, *given.replace("MODEL", str(tiny_model)).split())
