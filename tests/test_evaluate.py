@@ -1,6 +1,7 @@
 """evaluate.py: the official scorers, the averages of the tables, every published format from disk
 to table, files as people have them, predictions that continue, and a page that shows anything."""
 
+import base64
 import html
 import io
 import json
@@ -22,7 +23,7 @@ import benchmark
 import evaluate
 import geometry
 import rewards
-from conftest import run
+from conftest import block_with, run, run_block
 from scenes import change_weights
 
 
@@ -710,6 +711,57 @@ def test_table_of_an_archive(tmp_path, capsys):
             "6.0)") in printed
     assert ("0/out/grpo/log.jsonl: sampled R_act 0.200 in the first ten steps, 0.600 in the last; "
             "standard error of the difference 0.047") in printed
+
+
+def test_the_library_says_the_same(root, tiny_model, tmp_path, capsys):
+    pytest.importorskip("torchvision", reason="pip install torchvision: AutoProcessor wants it")
+    shutil.copytree(tiny_model, tmp_path / "out/grpo")
+    write_lines(tmp_path / "out/grpo/generation_config.json", [{"repetition_penalty": 9.0}])
+    for name in "ab":  # of a size that no resizing changes
+        Image.effect_noise((56, 84), 64).convert("RGB").save(tmp_path / f"{name}.jpg")
+    block = block_with("AutoProcessor")
+    run_block(block.replace(', device_map="auto"', ""), tmp_path)
+    said = capsys.readouterr().out
+    question = re.search('question = "(.*)"', block)[1]
+    done = run("evaluate.py", root, tmp_path, "--images", "a.jpg", "b.jpg", "--ask", question)
+    response = done.stdout.split("\nform ")[0].removeprefix("response  ")
+    assert re.sub(r"<\|\w+\|>", "", response).strip() == said.strip() != ""  # skip_special_tokens
+
+
+def test_tokens_of_a_picture_as_the_page_says(root):
+    page = (root / "docs/benchmarks.md").read_text()
+    for max_pixels, stated in ((448**2, "and 234 in"), (12_845_056, "has 1,610 of")):
+        processor = Qwen2VLImageProcessorPil(
+            size={"shortest_edge": 56**2, "longest_edge": max_pixels})
+        tokens = processor.get_number_of_image_patches(968, 1296, {}) // 4
+        assert f"{tokens:,}" in stated and stated in page
+        assert f"{2 * tokens:,}" in page  # of two, in a reply
+
+
+def test_a_server_is_asked_as_the_page_says(root, tmp_path, monkeypatch):
+    """With a server that knows every answer."""
+    data = write_mmsi(tmp_path / "data").parent
+    items = evaluate.load_items("mmsi", data, skip=lambda text: None)
+    bodies = []
+
+    def answer(request):
+        bodies.append(json.loads(request.data))
+        text = rewards.write_response({(0, 1): []}, items[len(bodies) - 1].gold)
+        return io.BytesIO(json.dumps({"choices": [{"message": {"content": text}}]}).encode())
+
+    monkeypatch.setattr("urllib.request.urlopen", answer)
+    run_block(block_with("urlopen").replace("/path/to/MMSI-Bench", str(data)), tmp_path)
+    for item, body in zip(items, bodies, strict=True):
+        *pictures, text = body["messages"][0]["content"]
+        sent = [base64.b64decode(picture["image_url"]["url"].split(",")[1]) for picture in pictures]
+        assert [Image.open(io.BytesIO(png)).tobytes() for png in sent] == [
+            picture.tobytes() for picture in item.images()]
+        assert text["text"] == evaluate.prompt_of(item, "mmsi", "action")
+        assert (body["temperature"], body["max_tokens"]) == (0, 160)
+    run("evaluate.py", root, tmp_path, "--bench", "mmsi", "--data", data, "--score",
+        "theirs.jsonl", "--mode", "action")
+    rows = results(tmp_path / "out/evaluation")["rows"]
+    assert rows["Avg"][1:3] == [3, 100] and rows["R_fmt"][2] == 100
 
 
 @pytest.mark.parametrize("said, given", [
