@@ -55,7 +55,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import snapshot_download
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from transformers import (
     AutoTokenizer, GenerationConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil)
@@ -106,8 +106,9 @@ def parse_args(argv=None):
         least = 0 if name == "show" else 1
         if type(value) is int and value < least:
             p.error(f"--{name.replace('_', '-')} is out of range: {value}")
-    if (args.ask is None) != (args.images is None):
-        p.error("--images FILE ... and --ask QUESTION go together")
+    benchmark = args.bench or args.data or args.score or args.curves
+    if bool(args.ask) != bool(args.images) or (args.ask and benchmark):
+        p.error("--images FILE ... and --ask QUESTION go together, and without a benchmark's flags")
     curves_alone = args.curves and not (args.bench or args.data or args.model)
     args.needs_model = not args.score and not curves_alone
     if not args.needs_model:
@@ -266,23 +267,24 @@ def write_answers(model, tokenizer, asked, args):
 
 def answer_one(args, dtype, device):
     """Ask the model the one question --ask about --images; print what it says."""
-    pictures = [geometry.open_image(path) for path in args.images]
+    # a phone's photo may lie on its side, and say so in its EXIF data
+    pictures = [ImageOps.exif_transpose(geometry.open_image(path)) for path in args.images]
     _, model, tokenizer = load_model(args.model)
     place(model.eval(), dtype, device)
     processor = Qwen2VLImageProcessorPil(
         size={"shortest_edge": 56 * 56, "longest_edge": args.max_pixels})
     item = Item("--ask", "camera_turn", args.ask, "", lambda: pictures, len(pictures))
-    asked = ask([item], args, tokenizer, processor, 0)
-    write_answers(model, tokenizer, [asked], args)
-    response = asked[1]["response"]
+    _, line, prompt = ask([item], args, tokenizer, processor, 0)
+    if prompt is None:
+        raise geometry.DataError(line["skipped"])
+    write_answers(model, tokenizer, [(item, line, prompt)], args)
+    response = line["response"]
     print(f"response  {response}")
-    plans = rewards.parse_response(response).actions
-    if plans is None:
-        print("moves     none that can be read")
-        plans = {}
-    for (i, j), plan in plans.items():
+    for (i, j), plan in (rewards.parse_response(response).actions or {}).items():
         moves = [f"{name} {amount}" for action in plan for name, amount in action.items()]
         print(f"moves     view {i} to view {j}: {', '.join(moves) or 'none'}")
+    if args.mode == "action" and item.views > 1 and not rewards.format_reward(response, item.views):
+        print("form      not the one asked for: moves and answer are what can be read")
     print(f"answer    {answer_of(response)}")
 
 

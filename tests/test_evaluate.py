@@ -1,6 +1,7 @@
 """evaluate.py: the official scorers, the averages of the tables, every published format from disk
 to table, files as people have them, predictions that continue, and a page that shows anything."""
 
+import base64
 import html
 import io
 import json
@@ -22,7 +23,7 @@ import benchmark
 import evaluate
 import geometry
 import rewards
-from conftest import run
+from conftest import block_with, run, run_block
 from scenes import change_weights
 
 
@@ -317,7 +318,8 @@ def test_ask_about_photos(answered, rooms, tiny_model, tmp_path, monkeypatch, ca
     evaluate.main([*given, "--images", *paths])
     said = predictions(answered)[item.id]["response"]
     assert capsys.readouterr().out.startswith(
-        f"response  {said}\nmoves     none that can be read\nanswer    ")
+        f"response  {said}\n"
+        "form      not the one asked for: moves and answer are what can be read\nanswer    ")
 
     said = '<action>[{"from":0,"to":1,"action":[{"turn_right_deg":5}]}]</action><answer>x</answer>'
     prompts = []
@@ -332,6 +334,24 @@ def test_ask_about_photos(answered, rooms, tiny_model, tmp_path, monkeypatch, ca
     assert capsys.readouterr().out == 2 * (
         f"response  {said}\nmoves     view 0 to view 1: turn_right_deg 5\nanswer    x\n")
     assert [rewards.ACTION_INSTRUCTION in prompt for prompt in prompts] == [True, False]
+    evaluate.main([*given, "--images", *paths, paths[0]])  # two of three pairs lack
+    assert "turn_right_deg 5\nform      not the one asked for" in capsys.readouterr().out
+
+
+def test_a_photo_on_its_side_is_put_upright(root, tiny_model, tmp_path, monkeypatch):
+    """Where its EXIF data say so: the model sees the same pixels."""
+    upright = Image.effect_noise((48, 96), 64).convert("RGB")
+    upright.save(tmp_path / "upright.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "lies.png", exif=exif)
+    seen = []
+    monkeypatch.setattr(evaluate, "generate_greedily", lambda model, tokenizer, asked, longest: [
+        seen.append(images["pixel_values"]) or "x" for _, images in asked])
+    for name in ("upright", "lies"):
+        run("evaluate.py", root, tmp_path, "--model", tiny_model, "--ask", "?", "--images",
+            f"{name}.png")
+    assert torch.equal(*seen)
 
 
 def test_a_response_depends_on_its_own_budget(tiny_model, monkeypatch):
@@ -693,6 +713,57 @@ def test_table_of_an_archive(tmp_path, capsys):
             "standard error of the difference 0.047") in printed
 
 
+def test_the_library_says_the_same(root, tiny_model, tmp_path, capsys):
+    pytest.importorskip("torchvision", reason="pip install torchvision: AutoProcessor wants it")
+    shutil.copytree(tiny_model, tmp_path / "out/grpo")
+    write_lines(tmp_path / "out/grpo/generation_config.json", [{"repetition_penalty": 9.0}])
+    for name in "ab":  # of a size that no resizing changes
+        Image.effect_noise((56, 84), 64).convert("RGB").save(tmp_path / f"{name}.jpg")
+    block = block_with("AutoProcessor")
+    run_block(block.replace(', device_map="auto"', ""), tmp_path)
+    said = capsys.readouterr().out
+    question = re.search('question = "(.*)"', block)[1]
+    done = run("evaluate.py", root, tmp_path, "--images", "a.jpg", "b.jpg", "--ask", question)
+    response = done.stdout.split("\nform ")[0].removeprefix("response  ")
+    assert re.sub(r"<\|\w+\|>", "", response).strip() == said.strip() != ""  # skip_special_tokens
+
+
+def test_tokens_of_a_picture_as_the_page_says(root):
+    page = (root / "docs/benchmarks.md").read_text()
+    for max_pixels, stated in ((448**2, "and 234 in"), (12_845_056, "has 1,610 of")):
+        processor = Qwen2VLImageProcessorPil(
+            size={"shortest_edge": 56**2, "longest_edge": max_pixels})
+        tokens = processor.get_number_of_image_patches(968, 1296, {}) // 4
+        assert f"{tokens:,}" in stated and stated in page
+        assert f"{2 * tokens:,}" in page  # of two, in a reply
+
+
+def test_a_server_is_asked_as_the_page_says(root, tmp_path, monkeypatch):
+    """With a server that knows every answer."""
+    data = write_mmsi(tmp_path / "data").parent
+    items = evaluate.load_items("mmsi", data, skip=lambda text: None)
+    bodies = []
+
+    def answer(request):
+        bodies.append(json.loads(request.data))
+        text = rewards.write_response({(0, 1): []}, items[len(bodies) - 1].gold)
+        return io.BytesIO(json.dumps({"choices": [{"message": {"content": text}}]}).encode())
+
+    monkeypatch.setattr("urllib.request.urlopen", answer)
+    run_block(block_with("urlopen").replace("/path/to/MMSI-Bench", str(data)), tmp_path)
+    for item, body in zip(items, bodies, strict=True):
+        *pictures, text = body["messages"][0]["content"]
+        sent = [base64.b64decode(picture["image_url"]["url"].split(",")[1]) for picture in pictures]
+        assert [Image.open(io.BytesIO(png)).tobytes() for png in sent] == [
+            picture.tobytes() for picture in item.images()]
+        assert text["text"] == evaluate.prompt_of(item, "mmsi", "action")
+        assert (body["temperature"], body["max_tokens"]) == (0, 160)
+    run("evaluate.py", root, tmp_path, "--bench", "mmsi", "--data", data, "--score",
+        "theirs.jsonl", "--mode", "action")
+    rows = results(tmp_path / "out/evaluation")["rows"]
+    assert rows["Avg"][1:3] == [3, 100] and rows["R_fmt"][2] == 100
+
+
 @pytest.mark.parametrize("said, given", [
     ("the folder that `python pasta.py --grid 4` rendered", ""),
     ("run `python actor_grpo.py` first", "--bench mmsi --data good.jsonl"),
@@ -704,11 +775,16 @@ def test_table_of_an_archive(tmp_path, capsys):
     ("no usable question of MMSI-Bench (no row in any MMSI_Be", "--bench mmsi --data MODEL"),
     ("--limit is out of range: 0", "--limit 0"), ("go together", "--ask why"),
     ("a.jpg: cannot be read as an image", "--model MODEL --ask why --images a.jpg"),
+    ("go together", "--images long.png"),
+    ("go together", "--ask why --images long.png --score empty.jsonl"),
+    ("go together", "--ask why --images long.png --bench mmsi --data good.jsonl"),
+    ("images or text cannot be encoded", "--model MODEL --ask why --images long.png"),
     ("neither .parquet nor", "--bench mmsi --data notes.txt"),
     ("cannot be read as parquet", "--bench mmsi --data bad.parquet")])
 def test_bad_input_is_one_line(said, given, root, tiny_model, tmp_path):
     for name in ("empty.jsonl", "notes.txt", "bad.parquet"):
         (tmp_path / name).touch()
+    Image.new("L", (4040, 16)).save(tmp_path / "long.png")  # longer than 200 : 1
     write_lines(tmp_path / "good.jsonl", [
         {"id": 1, "question_type": "MSR", "question": "?", "answer": "A", "images": ["x.jpg"]}])
     done = run("evaluate.py", root, tmp_path, *given.replace("MODEL", str(tiny_model)).split())
