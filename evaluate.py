@@ -106,8 +106,8 @@ def parse_args(argv=None):
         least = 0 if name == "show" else 1
         if type(value) is int and value < least:
             p.error(f"--{name.replace('_', '-')} is out of range: {value}")
-    benchmark = args.bench or args.data or args.score or args.curves
-    if bool(args.ask) != bool(args.images) or (args.ask and benchmark):
+    asks_else = args.bench or args.data or args.score or args.curves
+    if bool(args.ask) != bool(args.images) or (args.ask and asks_else):
         p.error("--images FILE ... and --ask QUESTION go together, and without a benchmark's flags")
     curves_alone = args.curves and not (args.bench or args.data or args.model)
     args.needs_model = not args.score and not curves_alone

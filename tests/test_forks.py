@@ -20,7 +20,7 @@ DIFFS = re.findall(r"```diff\n(.*?)```", PAGE, re.DOTALL)
 
 
 @pytest.fixture
-def fork(request, scenes, tiny_model, tmp_path, monkeypatch):
+def fork(scenes, tiny_model, tmp_path, monkeypatch):
     """Applies a diff; returns what runs a forked script for two steps, in this process."""
     before = {name: sys.modules.pop(name) for name in SCRIPTS if name in sys.modules}
 

@@ -11,7 +11,6 @@ import geometry
 import rewards
 from conftest import python_blocks, run_block
 from scenes import write_recordings, write_tum
-from test_evaluate import write_mmsi
 
 SCRIPTS = ("pasta.py", "actor_sft.py", "actor_grpo.py", "evaluate.py")
 EQUATIONS = {"geometry.py": {1, 9}, "pasta.py": {2, 3, 4, 5},
@@ -130,8 +129,6 @@ def test_python_blocks_run(page, above, code, rooms, tmp_path):
     (tmp_path / "out/demo/data").symlink_to(rooms)
     write_recordings(tmp_path / "frames", sorted((rooms / "rooms/images").iterdir())[:2])
     write_tum(tmp_path / "rgbd_dataset_freiburg1_room")
-    if "/path/to/MMSI-Bench" in code:
-        code = code.replace("/path/to/MMSI-Bench", str(write_mmsi(tmp_path / "mmsi").parent))
     run_block(code, tmp_path)
 
 
